@@ -1,0 +1,1 @@
+"""Architectures: backbones, and the named models that are settings of them."""

@@ -1,0 +1,1 @@
+"""Experiments: data, tasks, training, decoding, claims, benchmarks and the command line."""

@@ -1,0 +1,1 @@
+"""Analysis: what a trained model gets right, and where."""

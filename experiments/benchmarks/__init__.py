@@ -1,0 +1,1 @@
+"""Benchmarks, a module each; ``results`` holds what they measured."""

@@ -1,0 +1,1 @@
+"""Data: corpora that arrive inside packages or in the user's files, tokenizers, and endless deterministic batches."""

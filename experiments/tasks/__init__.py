@@ -1,0 +1,1 @@
+"""Tasks: generators of synthetic problems and the experiments that train on them."""

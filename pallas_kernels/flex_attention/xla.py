@@ -1,0 +1,356 @@
+"""Flex attention tile by tile in plain XLA: memory O(T + S), only active tiles computed, backward by recomputation.
+
+A tile is a block of queries against a block of keys, for all rows and heads that share a block map. The forward pass
+folds the tiles of a row of blocks with ``softmax_combine``; the backward pass recomputes the weights of each tile
+from the saved log-sum-exp and accumulates the gradients of keys, values, bias and score parameters in place.
+Cost: 2 (K + V) operations a pair of an active tile forward, 2 (3 K + 2 V) backward.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from manyheads.pallas_kernels.flex_attention.scores import FlexSpec, allowed_pairs, modified_scores, softmax_combine
+
+Operands = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Tiles:
+    """Shapes of the tiling. Arrays are ``B G R T K``: R query heads share one of G key heads."""
+
+    spec: FlexSpec
+    batch: int
+    groups: int
+    repeats: int
+    q_len: int
+    kv_len: int
+    maps: tuple[int, int]  # rows and heads of the block map: each has its own list of active tiles
+
+    @property
+    def n_q(self) -> int:
+        return -(-self.q_len // self.spec.block_size[0])
+
+    @property
+    def n_kv(self) -> int:
+        return -(-self.kv_len // self.spec.block_size[1])
+
+    @property
+    def local(self) -> tuple[int, int, int]:
+        """Rows, key heads and query heads per key head in one tile."""
+        rows = self.batch // self.maps[0]
+        return (rows, self.groups, self.repeats) if self.maps[1] == 1 else (rows, 1, 1)
+
+    def corner(self, i: Array, qi: Array, ki: Array) -> dict[str, Array]:
+        """Where tile (qi, ki) of block map i begins on every axis."""
+        heads_each = self.groups * self.repeats // self.maps[1]
+        h = (i % self.maps[1]) * heads_each
+        return {
+            "b": (i // self.maps[1]) * self.local[0],
+            "g": h // self.repeats,
+            "r": h % self.repeats,
+            "q": qi * self.spec.block_size[0],
+            "k": ki * self.spec.block_size[1],
+        }
+
+    def sizes(self) -> dict[str, int]:
+        b, g, r = self.local
+        return {"b": b, "g": g, "r": r, "q": self.spec.block_size[0], "k": self.spec.block_size[1]}
+
+    def index(self, at: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
+        size = self.sizes()
+        arange = lambda start, n: start + jnp.arange(n, dtype=jnp.int32)  # noqa: E731
+        return (
+            arange(at["b"], size["b"]),
+            arange(at["g"] * self.repeats + at["r"], size["g"] * size["r"]),
+            arange(at["q"], size["q"]),
+            arange(at["k"], size["k"]),
+        )
+
+
+def _slice(array: Array, axes: str, at: dict[str, Array], size: dict[str, int]) -> Array:
+    """The part of ``array`` in the tile at ``at``; ``axes`` names its axes, "." is taken whole, as are axes of size 1."""
+    whole = [axis == "." or n == 1 for axis, n in zip(axes, array.shape)]
+    start = [0 if w else at[axis] for axis, w in zip(axes, whole)]
+    sizes = [n if w else size[axis] for axis, n, w in zip(axes, array.shape, whole)]
+    return jax.lax.dynamic_slice(array, start, sizes)
+
+
+def _add(array: Array, part: Array, axes: str, at: dict[str, Array]) -> Array:
+    """Add ``part`` to ``array`` in place at the tile ``at``."""
+    start = [0 if axis == "." or n == 1 else at[axis] for axis, n in zip(axes, array.shape)]
+    old = jax.lax.dynamic_slice(array, start, part.shape)
+    return jax.lax.dynamic_update_slice(array, old + part, start)
+
+
+def _pad(array: Array, axis: int, multiple: int, value: float = 0) -> Array:
+    short = -array.shape[axis] % multiple
+    if not short:
+        return array
+    return jnp.pad(array, [(0, short if a == axis else 0) for a in range(array.ndim)], constant_values=value)
+
+
+def _layout(spec: FlexSpec, operands: Operands) -> tuple[_Tiles, Operands]:
+    """Bring the operands into tile order: ``B G R T K`` queries, ``B G S K`` keys, padded to whole blocks."""
+    query, key = operands["query"], operands["key"]
+    (B, T, H, K), (S, G) = query.shape, key.shape[1:3]
+    rows, columns = spec.block_size
+    block_map = operands["block_map"]
+    tiles = _Tiles(spec, B, G, H // G, T, S, (1, 1) if block_map is None else block_map.shape[:2])
+    arranged = dict(operands)
+    arranged["query"] = _pad(query.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4), 3, rows)
+    for name in ("key", "value"):
+        arranged[name] = _pad(operands[name].swapaxes(1, 2), 2, columns)
+    if operands["bias"] is not None:
+        bias = _pad(operands["bias"], 3, columns)
+        bias = bias if bias.shape[2] == 1 else _pad(bias, 2, rows)
+        # The head axis becomes G R, or 1 1.
+        heads = (G, H // G) if bias.shape[1] == H else (1, 1)
+        arranged["bias"] = bias.reshape(bias.shape[0], *heads, *bias.shape[2:])
+    if operands["segments"] is not None:
+        q_ids, k_ids = operands["segments"]
+        arranged["segments"] = (_pad(q_ids, 1, rows), _pad(k_ids, 1, columns))
+    return tiles, arranged
+
+
+def _tile_inputs(tiles: _Tiles, x: Operands, at: dict[str, Array]) -> tuple[Array, Array, Array, Any, Any]:
+    """Query, key, value, bias and allowed pairs of one tile; q is ``b g (r q) K``, the mask ``b g r q k``."""
+    size = tiles.sizes()
+    b, g, r = tiles.local
+    q = _slice(x["query"], "bgrq.", at, size)
+    q = q.reshape(b, g, r * size["q"], q.shape[-1])
+    k, v = (_slice(x[name], "bgk.", at, size) for name in ("key", "value"))
+    bias = None if x["bias"] is None else _slice(x["bias"], "bgrqk", at, size)
+    segments = x["segments"]
+    if segments is not None:
+        segments = (_slice(segments[0], "bq", at, size), _slice(segments[1], "bk", at, size))
+    allowed = allowed_pairs(
+        tiles.spec, x["mask_arrays"], segments, tiles.index(at), (tiles.q_len, tiles.kv_len)
+    )
+    if allowed is not None:
+        heads = (g, r) if allowed.shape[1] > 1 else (1, 1)
+        allowed = allowed.reshape(allowed.shape[0], *heads, *allowed.shape[2:])
+    return q, k, v, bias, allowed
+
+
+def _scores(tiles: _Tiles, at: dict[str, Array], raw: Array, params: Any, bias: Any) -> Array:
+    """Modified scores of a tile, ``b g r q k``, from the raw products ``b g (r q) k``."""
+    size = tiles.sizes()
+    b, g, r = tiles.local
+    by_head = (b, g * r, size["q"], size["k"])
+    if bias is not None:
+        heads = 1 if bias.shape[1] * bias.shape[2] == 1 else g * r
+        bias = bias.reshape(bias.shape[0], heads, *bias.shape[3:])
+    scores = modified_scores(tiles.spec, raw.reshape(by_head), *params, bias, tiles.index(at))
+    return scores.reshape(b, g, r, size["q"], size["k"])
+
+
+def _score_params(x: Operands) -> tuple[Any, Any]:
+    return x["score_arrays"], x["score_params"]
+
+
+def _has_gradient(array: Array) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _products(q: Array, k: Array) -> Array:
+    dtype = jnp.promote_types(q.dtype, jnp.float32)
+    return jnp.einsum("bgqk,bgsk->bgqs", q, k, preferred_element_type=dtype)
+
+
+def _forward_tile(tiles: _Tiles, x: Operands, at: dict[str, Array]) -> tuple[Array, Array, Array]:
+    """The softmax read of one tile's keys, as an element of the monoid: ``b g r q`` and ``b g r q V``."""
+    q, k, v, bias, allowed = _tile_inputs(tiles, x, at)
+    scores = _scores(tiles, at, _products(q, k), _score_params(x), bias)
+    if tiles.spec.normalizer == "softmax":
+        scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+        m = jnp.max(scores, axis=-1)
+        weights = jnp.exp(scores - jnp.where(m == -jnp.inf, 0, m)[..., None])
+    else:
+        weights = scores if allowed is None else jnp.where(allowed, scores, 0)
+        m = jnp.zeros(weights.shape[:-1], weights.dtype)
+    rows = weights.reshape(*weights.shape[:2], -1, weights.shape[-1])
+    o = jnp.einsum("bgqs,bgsv->bgqv", rows.astype(v.dtype), v, preferred_element_type=weights.dtype)
+    return m, jnp.sum(weights, axis=-1), o.reshape(*m.shape, -1)
+
+
+def _backward_tile(
+    tiles: _Tiles, x: Operands, at: dict[str, Array], grads: Operands, dq: Array, saved: dict[str, Array]
+) -> tuple[Operands, Array]:
+    """Add one tile's contributions to the gradients; ``dq`` is that of its row of blocks."""
+    spec, size = tiles.spec, tiles.sizes()
+    q, k, v, bias, allowed = _tile_inputs(tiles, x, at)
+    raw = _products(q, k)
+    scores, pullback = jax.vjp(functools.partial(_scores, tiles, at), raw, _score_params(x), bias)
+    lse, shift = (_slice(saved[name], "bgrq", at, size) for name in ("lse", "shift"))
+    dout = _slice(saved["dout"], "bgrq.", at, size)
+    lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+    if spec.normalizer == "softmax":
+        scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
+        weights = slope = jnp.exp(scores - lse)
+    else:
+        norm = jnp.exp(-lse) if spec.normalizer == "sum" else jnp.ones_like(lse)
+        slope = jnp.broadcast_to(norm, scores.shape)
+        slope = slope if allowed is None else jnp.where(allowed, slope, 0)
+        weights = jnp.where(slope == 0, 0, scores * slope)
+    rows = lambda t: t.reshape(*t.shape[:2], -1, t.shape[-1])  # noqa: E731
+    dout_rows = rows(dout)
+    dtype = raw.dtype
+    dweights = jnp.einsum("bgqv,bgsv->bgqs", dout_rows, v, preferred_element_type=dtype).reshape(scores.shape)
+    dscores = slope * (dweights - shift[..., None])
+    draw, dparams, dbias = pullback(dscores)
+    draw = draw.astype(q.dtype)
+    dv = jnp.einsum("bgqs,bgqv->bgsv", rows(weights).astype(v.dtype), dout_rows, preferred_element_type=dtype)
+    dk = jnp.einsum("bgqs,bgqk->bgsk", draw, q, preferred_element_type=dtype)
+    dq = dq + jnp.einsum("bgqs,bgsk->bgqk", draw, k, preferred_element_type=dtype).reshape(dq.shape)
+    grads = dict(grads)
+    grads["key"] = _add(grads["key"], dk, "bgk.", at)
+    grads["value"] = _add(grads["value"], dv, "bgk.", at)
+    grads["params"] = jax.tree.map(
+        lambda total, part: total + part if _has_gradient(total) else total, grads["params"], dparams
+    )
+    if bias is not None:
+        grads["bias"] = _add(grads["bias"], dbias.astype(dtype), "bgrqk", at)
+    return grads, dq
+
+
+def _active(tiles: _Tiles, x: Operands) -> tuple[Array | None, Array | None]:
+    """Per map and row of blocks: the columns of active tiles, first ones first, and their number."""
+    block_map = x["block_map"]
+    if block_map is None:
+        return None, None
+    block_map = block_map.reshape(-1, tiles.n_q, tiles.n_kv)
+    columns = jnp.argsort(~block_map, axis=-1, stable=True).astype(jnp.int32)
+    return columns, jnp.sum(block_map, axis=-1, dtype=jnp.int32)
+
+
+def _fold_row(tiles: _Tiles, x: Operands, i: Array, qi: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
+    """Fold ``body(ki, carry)`` over the active tiles of row ``qi`` in block map ``i``."""
+    columns, counts = x["active"]
+    if columns is None:
+        return jax.lax.fori_loop(0, tiles.n_kv, body, start) if tiles.n_kv > 1 else body(jnp.int32(0), start)
+    return jax.lax.fori_loop(0, counts[i, qi], lambda j, carry: body(columns[i, qi, j], carry), start)
+
+
+def _each_row(tiles: _Tiles, body: Callable[[Any, tuple[Array, Array]], tuple[Any, Any]], carry: Any) -> Any:
+    """Scan ``body`` over block maps and rows of blocks: (final carry, outputs ``maps nQ ...``)."""
+    n_maps = tiles.maps[0] * tiles.maps[1]
+    if n_maps * tiles.n_q == 1:
+        carry, out = body(carry, (jnp.int32(0), jnp.int32(0)))
+        return carry, jax.tree.map(lambda t: t[None, None], out)
+    i, qi = jnp.meshgrid(jnp.arange(n_maps, dtype=jnp.int32), jnp.arange(tiles.n_q, dtype=jnp.int32), indexing="ij")
+    carry, out = jax.lax.scan(body, carry, (i.ravel(), qi.ravel()))
+    return carry, jax.tree.map(lambda t: t.reshape(n_maps, tiles.n_q, *t.shape[1:]), out)
+
+
+def _assemble(tiles: _Tiles, rows: Array) -> Array:
+    """``maps nQ b g r q ...`` -> ``B G R T ...`` with the padding still on."""
+    maps_b, maps_h = tiles.maps
+    rows = rows.reshape(maps_b, maps_h, *rows.shape[1:])
+    rest = tuple(range(7, rows.ndim))
+    rows = rows.transpose(0, 3, 1, 4, 5, 2, 6, *rest)  # maps_b b maps_h g r nQ q ...
+    return rows.reshape(tiles.batch, tiles.groups, tiles.repeats, -1, *rows.shape[7:])
+
+
+def _to_user(tiles: _Tiles, array: Array) -> Array:
+    """``B G R T ...`` padded -> ``B T H ...``."""
+    array = array[:, :, :, : tiles.q_len].reshape(tiles.batch, -1, tiles.q_len, *array.shape[4:])
+    return jnp.swapaxes(array, 1, 2)
+
+
+def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
+    tiles, x = _layout(spec, operands)
+    x["active"] = _active(tiles, x)
+    dtype = jnp.promote_types(operands["query"].dtype, jnp.float32)
+    shape = (*tiles.local, spec.block_size[0])
+    lowest = -jnp.inf if spec.normalizer == "softmax" else 0.0
+    identity = (
+        jnp.full(shape, lowest, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, x["value"].shape[-1]), dtype)
+    )  # fmt: skip
+
+    def row(carry: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        def tile(ki: Array, part: Any) -> Any:
+            return softmax_combine(part, _forward_tile(tiles, x, tiles.corner(*at, ki)))
+
+        m, l, o = _fold_row(tiles, x, *at, tile, identity)
+        if x["sinks"] is not None:
+            h = tiles.index(tiles.corner(*at, jnp.int32(0)))[1]
+            sink = jnp.broadcast_to(x["sinks"].astype(dtype)[h].reshape(1, *tiles.local[1:], 1), m.shape)
+            m, l, o = softmax_combine((m, l, o), (sink, jnp.ones_like(l), jnp.zeros_like(o)))
+        safe = jnp.where(l == 0, 1, l)
+        out = o if spec.normalizer == "none" else o / safe[..., None]
+        return None, (out.astype(operands["query"].dtype), jnp.where(l == 0, -jnp.inf, m + jnp.log(safe)))
+
+    _, (out, lse) = _each_row(tiles, row, None)
+    return _to_user(tiles, _assemble(tiles, out)), _to_user(tiles, _assemble(tiles, lse))
+
+
+def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands]:
+    operands, out, lse = residuals
+    dout, dlse = cotangents
+    tiles, x = _layout(spec, operands)
+    x["active"] = _active(tiles, x)
+    dtype = jnp.promote_types(operands["query"].dtype, jnp.float32)
+    # d loss / d score = slope * (d weight - shift): the shift gathers what normalisation and lse subtract.
+    total = jnp.exp(lse)
+    shift = -dlse.astype(dtype)
+    if spec.normalizer == "none":
+        shift = shift / jnp.where(total == 0, 1, total)
+    else:
+        shift = shift + jnp.sum((dout * out).astype(dtype), axis=-1)
+
+    def arrange(array: Array, padding: float = 0) -> Array:
+        array = jnp.swapaxes(array, 1, 2)
+        array = array.reshape(tiles.batch, tiles.groups, tiles.repeats, *array.shape[2:])
+        return _pad(array, 3, spec.block_size[0], padding)
+
+    # Padded queries weigh nothing: exp(score - inf) = 0 whatever the score function makes of them.
+    saved = {"lse": arrange(lse, jnp.inf), "shift": arrange(shift), "dout": arrange(dout)}
+    sources = {"key": x["key"], "value": x["value"], "bias": x["bias"], "params": _score_params(x)}
+    grads = jax.tree.map(lambda t: jnp.zeros(t.shape, dtype) if _has_gradient(t) else t, sources)
+
+    def row(grads: Operands, at: tuple[Array, Array]) -> tuple[Operands, Array]:
+        def tile(ki: Array, carry: Any) -> Any:
+            return _backward_tile(tiles, x, tiles.corner(*at, ki), *carry, saved)
+
+        dq = jnp.zeros((*tiles.local, spec.block_size[0], x["query"].shape[-1]), dtype)
+        return _fold_row(tiles, x, *at, tile, (grads, dq))
+
+    grads, dq = _each_row(tiles, row, grads)
+    result: Operands = dict.fromkeys(operands)
+    result["query"] = _to_user(tiles, _assemble(tiles, dq))
+    for name in ("key", "value"):
+        result[name] = jnp.swapaxes(grads[name][:, :, : tiles.kv_len], 1, 2)
+    if operands["bias"] is not None:
+        shape = operands["bias"].shape
+        bias = grads["bias"].reshape(shape[0], shape[1], *grads["bias"].shape[3:])
+        result["bias"] = bias[:, :, : shape[2], : shape[3]]
+    if operands["sinks"] is not None:
+        # The sink is one more key, with value zero: d sink = -p_sink * shift.
+        sink = operands["sinks"].astype(dtype)[None, None, :]
+        result["sinks"] = -jnp.sum(jnp.exp(sink - lse) * shift, axis=(0, 1))
+    result["score_arrays"], result["score_params"] = jax.tree.map(
+        lambda grad: grad if _has_gradient(grad) else None, grads["params"]
+    )
+    cast = lambda grad, primal: None if grad is None else grad.astype(primal.dtype)  # noqa: E731
+    return (jax.tree.map(cast, result, operands, is_leaf=lambda leaf: leaf is None),)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flex(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
+    return _forward(spec, operands)
+
+
+def _flex_forward(spec: FlexSpec, operands: Operands) -> tuple[tuple[Array, Array], Any]:
+    out, lse = _forward(spec, operands)
+    return (out, lse), (operands, out, lse)
+
+
+_flex.defvjp(_flex_forward, _backward)
+
+flex_attention_xla = jax.jit(_flex, static_argnums=0)
