@@ -1,7 +1,7 @@
 """Command lines for frozen dataclasses: tyro parses and prints the help, and every mistake is one line.
 
-A nested field is written ``--model.d_model 64`` (``-`` and ``_`` are the same), a field of several values takes them one
-after the other (``--model.mixers softmax "softmax(window=64)"``), a boolean is ``--resume`` or ``--no-resume``.
+A nested field is written ``--model.d_model 64`` (``-`` and ``_`` are the same), a field of several values takes them
+one after the other (``--model.mixers softmax "softmax(window=64)"``), a boolean is ``--resume`` or ``--no-resume``.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class _Flag(NamedTuple):
 
 
 def _flags(type: Any, *, required: bool, prefix: str = "") -> Iterator[tuple[str, _Flag]]:
-    """The flags of a dataclass and of those nested in it. Whatever lies inside a field with a default is not required."""
+    """The flags of a dataclass and of those nested in it. What lies inside a field with a default is not required."""
     hints = get_type_hints(type, include_extras=True)
     for field in dataclasses.fields(type):
         annotation, marks = hints[field.name], []
@@ -147,7 +147,7 @@ def _describe(annotation: Any) -> str:
 
 
 def _unknown_name(kind: str, name: str, allowed: Any) -> ValueError:
-    """``unknown_name`` of the layers; imported here because they bring jax, which a correct command line can do without."""
+    """``unknown_name`` of the layers, imported here: they bring jax, which a correct command line can do without."""
     from manyheads.layers.mixer import unknown_name
 
     return unknown_name(kind, name, allowed)

@@ -1,7 +1,7 @@
 """The command ``manyheads``: finds the subcommand, and turns what goes wrong into one line and an exit code.
 
-A subcommand is a module with ``run(argv: list[str]) -> int``. It is imported only when it is called, so that the help and
-the lists come at once.
+A subcommand is a module with ``run(argv: list[str]) -> int``. It is imported only when it is called, so that the help
+and the list of papers come at once.
 """
 
 import importlib

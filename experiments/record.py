@@ -12,7 +12,7 @@ __all__ = ["environment", "write_json", "write_text"]
 
 
 def environment() -> dict[str, Any]:
-    """The ``versions`` of Python, jax and flax, the ``device`` in words, and the ``date`` (UTC, ISO day) of a measurement."""
+    """What a measurement depends on: ``versions`` of Python, jax and flax, ``device``, and ``date`` (UTC, ISO day)."""
     import jax
 
     device = jax.devices()[0]
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` to ``path`` in one step: a reader, or a run after a crash, sees the old file or the whole new one."""
+    """Write ``text`` to ``path`` in one step: a reader, also after a crash, sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -38,9 +38,7 @@ __all__ = ["MixerInfo", "SequenceMixer", "make_mixer", "mixer_info", "mixer_name
 class SequenceMixer(Protocol):
     """What a sequence mixer does; see the module docstring for the laws."""
 
-    def __call__(
-        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
-    ) -> Float[Array, "B T D"]:
+    def __call__(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> Float[Array, "B T D"]:
         """Mix whole sequences in parallel."""
 
     def init_state(self, batch: int, capacity: int) -> Any:

@@ -62,7 +62,9 @@ class BlockMask:
         """
         block_map = jnp.asarray(block_map)
         if block_map.ndim != 4 or block_map.dtype != jnp.bool_:
-            raise ValueError(f"block_map must be bool with axes B H nQ nS, got {block_map.dtype}{list(block_map.shape)}")
+            raise ValueError(
+                f"block_map must be bool with axes B H nQ nS, got {block_map.dtype}{list(block_map.shape)}"
+            )
         block_mask = cls(block_map, _check_block_size(block_size), q_len, kv_len, mask_mod)
         block_mask.check(*block_mask.shape[2:])
         return block_mask

@@ -5,9 +5,9 @@ A benchmark is a module ``experiments/benchmarks/NAME.py`` that defines::
     BENCHMARK = Benchmark(name="NAME", description="what is compared with what", run=run)
 
 where ``run(quick, progress) -> dict`` returns what it measured, ready for JSON, with a ``headline`` in a few words:
-``{"headline": "1.8 x the scan at T = 4096", "ratio": 1.8}``. ``quick`` asks for a tiny run that only shows that everything
-works; ``progress(message)`` tells how far it is. Times depend on the machine and on what else it does, so what a benchmark
-reports is ratios of times that ``interleave`` took side by side.
+``{"headline": "1.8 x the scan at T = 4096", "ratio": 1.8}``. ``quick`` asks for a tiny run that only shows that
+everything works; ``progress(message)`` tells how far it is. Times depend on the machine and on what else it does, so
+what a benchmark reports is ratios of times that ``interleave`` took side by side.
 """
 
 import importlib
@@ -100,8 +100,9 @@ def interleave(
 
 def benchmark_names() -> tuple[str, ...]:
     """Names of all benchmarks: the modules of this folder that define one."""
+    defines = re.compile(r"^BENCHMARK\b", re.MULTILINE)
     files = sorted(BENCHMARKS.glob("*.py"))
-    return tuple(file.stem for file in files if re.search(r"^BENCHMARK\b", file.read_text(encoding="utf-8"), re.MULTILINE))
+    return tuple(file.stem for file in files if defines.search(file.read_text(encoding="utf-8")))
 
 
 def load_benchmark(name: str) -> Benchmark:
@@ -118,7 +119,7 @@ def measure(benchmark: Benchmark, *, quick: bool, progress: Callable[[str], None
     """Run a benchmark and return what it measured; ValueError if that has no headline."""
     figures = benchmark.run(quick, progress)
     if not isinstance(figures.get("headline"), str):
-        raise ValueError(f"benchmark {benchmark.name!r}: its result has no headline, but {', '.join(figures) or 'nothing'}")
+        raise ValueError(f"benchmark {benchmark.name!r}: its result must have a headline, got {list(figures)}")
     return figures
 
 

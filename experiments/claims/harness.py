@@ -10,10 +10,10 @@ A claim is a file ``experiments/claims/NNN_name.py``, named after its paper, tha
         run=run,
     )
 
-where ``run(budget, seed, progress) -> Measurement`` does the experiment: ``budget`` 1.0 is the whole of it, less shrinks
-the training steps in proportion; ``progress(message)`` tells how far it is. The result of a whole run is recorded beside
-the claim, together with a fingerprint of the code it was measured on. A change of that code makes the record stale, and
-asks for a new run; a change of comments, docstrings or layout does not.
+where ``run(budget, seed, progress) -> Measurement`` does the experiment: ``budget`` 1.0 is all of it, less shrinks the
+training steps in proportion; ``progress(message)`` tells how far it is. The result of a full run is recorded beside
+the claim, together with a fingerprint of the code that it was measured on. A change of that code makes the record stale
+and asks for a new run; a change of comments, docstrings or layout does not.
 """
 
 import ast
@@ -137,7 +137,7 @@ def measure(claim: Claim, *, budget: float = 1.0, seed: int = 0, progress: Calla
 
 
 def record(path: Path, claim: Claim, result: Result) -> None:
-    """Write a result beside the claim file ``path``: JSON and, if it has a plot, PNG. ValueError unless its budget is 1."""
+    """Write a result beside the claim file ``path``: JSON and, if it has a plot, PNG."""
     if result.budget != 1:
         raise ValueError(f"only a result of the full experiment is recorded; its budget must be 1, got {result.budget}")
     if result.measurement.plot:
@@ -153,7 +153,7 @@ def load_record(path: Path) -> dict[str, Any] | None:
 
 
 def claim_status(path: Path, claim: Claim) -> str:
-    """"open" without a record, "does not hold here", "stale" if the code has changed since it was recorded, "works"."""
+    """Where a claim stands: "open" (no record), "does not hold here", "stale" (the code changed since), or "works"."""
     result = load_record(path)
     if result is None:
         return "open"
@@ -163,7 +163,7 @@ def claim_status(path: Path, claim: Claim) -> str:
 
 
 def fingerprint(path: Path, code: tuple[str, ...]) -> str:
-    """SHA-256 over the syntax of the claim file and of the modules in ``code``, without comments, docstrings and layout."""
+    """SHA-256 over the syntax of a claim file and of the modules ``code``, without comments, docstrings and layout."""
     digest = hashlib.sha256()
     for file in [path, *(file for name in sorted(code) for file in _sources(name))]:
         tree = ast.parse(file.read_text(encoding="utf-8"))

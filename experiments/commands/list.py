@@ -38,7 +38,8 @@ def run(argv: list[str]) -> int:
 def _mixers() -> list[dict[str, Any]]:
     from manyheads.layers.mixer import mixer_info, mixer_names
 
-    return [{**vars(info), "options": info.options} for info in map(mixer_info, mixer_names())]
+    infos = map(mixer_info, mixer_names())
+    return [vars(info) | {"options": info.options, "state": info.state if info.decodes else None} for info in infos]
 
 
 def _architectures() -> list[dict[str, Any]]:

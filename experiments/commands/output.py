@@ -54,6 +54,7 @@ def report_progress() -> Iterator[Callable[[str], None]]:
         yield lambda message: print(message, file=sys.stderr, flush=True)
         return
     from rich.console import Console
+    from rich.text import Text
 
     with Console(stderr=True).status("starting") as status:
-        yield status.update
+        yield lambda message: status.update(Text(message))

@@ -56,9 +56,7 @@ class TextData:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)} must be positive")
         if self.validation_tokens < self.seq_len:
-            raise ValueError(
-                f"validation_tokens={self.validation_tokens} is less than one window, seq_len={self.seq_len}"
-            )
+            raise ValueError(f"validation_tokens={self.validation_tokens} is less than seq_len={self.seq_len}")
 
     def texts(self) -> tuple[dict[str, str], dict[str, str]]:
         """The documents of the training and of the validation split, by name."""
@@ -120,6 +118,8 @@ class TextData:
         stream = self._encoded[2]
         available = (len(stream) - 1) // self.seq_len
         count = min(available, self.validation_tokens // self.seq_len)
+        if count > self.batch_size:
+            count -= count % self.batch_size
         starts = np.arange(count) * available // count * self.seq_len
         return fixed_batches({"tokens": _windows(stream, starts, self.seq_len)}, self.batch_size)
 

@@ -104,7 +104,10 @@ def flex_attention(
 
 
 def _tiling(
-    mask: MaskMod | None, hoisted: Hoisted | None, segments: tuple[Array, Array] | None, sizes: tuple[int, int, int, int]
+    mask: MaskMod | None,
+    hoisted: Hoisted | None,
+    segments: tuple[Array, Array] | None,
+    sizes: tuple[int, int, int, int],
 ) -> tuple[tuple[int, int], Array | None]:
     """Tile sizes, and the tiles that mask and segments leave, where the caller gives no BlockMask."""
     B, H, T, S = sizes
@@ -152,9 +155,13 @@ def _check(
             raise ValueError(f"{name}: shape {list(array.shape)} must have four axes, batch time heads features")
     (B, T, H, K), (S, G) = query.shape, key.shape[1:3]
     if key.shape != (B, S, G, K):
-        raise ValueError(f"key: shape {list(key.shape)} does not fit query {list(query.shape)}; needed [{B}, S, G, {K}]")
+        raise ValueError(
+            f"key: shape {list(key.shape)} does not fit query {list(query.shape)}; needed [{B}, S, G, {K}]"
+        )
     if value.shape[:3] != (B, S, G):
-        raise ValueError(f"value: shape {list(value.shape)} does not fit key {list(key.shape)}; needed [{B}, {S}, {G}, V]")
+        raise ValueError(
+            f"value: shape {list(value.shape)} does not fit key {list(key.shape)}; needed [{B}, {S}, {G}, V]"
+        )
     if H % G:
         raise ValueError(f"query: {H} heads are not a multiple of the {G} heads of key")
     if bias is not None and (

@@ -17,9 +17,7 @@ def flex_attention_reference(spec: FlexSpec, operands: dict[str, Any]) -> tuple[
     key, value = (jnp.repeat(x.astype(dtype), H // G, axis=2) for x in (key, value))
     raw = jnp.einsum("bthk,bshk->bhts", query.astype(dtype), key, precision="highest")
     index = tuple(jnp.arange(n, dtype=jnp.int32) for n in (B, H, T, S))
-    scores = modified_scores(
-        spec, raw, operands["score_arrays"], operands["score_params"], operands["bias"], index
-    )
+    scores = modified_scores(spec, raw, operands["score_arrays"], operands["score_params"], operands["bias"], index)
     allowed = allowed_pairs(spec, operands["mask_arrays"], operands["segments"], index, (T, S))
     allowed = jnp.ones((1, 1, 1, 1), bool) if allowed is None else allowed
     if operands["block_map"] is not None:

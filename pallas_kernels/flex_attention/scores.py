@@ -96,7 +96,7 @@ def modified_scores(
     scores = raw * spec.scale
     if spec.score_mod is not None:
         args = (score_params,) if score_params is not None else ()
-        fn = lambda s, b, h, q, k: spec.score_mod.call(score_arrays, s, b, h, q, k, *args)  # noqa: E731
+        fn = lambda s, b, h, q, k: spec.score_mod.call(score_arrays, s, b, h, q, k, *args)
         for position in (3, 2, 1, 0):
             axes = [None] * 4
             axes[position] = 0

@@ -64,7 +64,7 @@ class _Tiles:
 
     def index(self, at: dict[str, Array]) -> tuple[Array, Array, Array, Array]:
         size = self.sizes()
-        arange = lambda start, n: start + jnp.arange(n, dtype=jnp.int32)  # noqa: E731
+        arange = lambda start, n: start + jnp.arange(n, dtype=jnp.int32)
         return (
             arange(at["b"], size["b"]),
             arange(at["g"] * self.repeats + at["r"], size["g"] * size["r"]),
@@ -129,9 +129,7 @@ def _tile_inputs(tiles: _Tiles, x: Operands, at: dict[str, Array]) -> tuple[Arra
     segments = x["segments"]
     if segments is not None:
         segments = (_slice(segments[0], "bq", at, size), _slice(segments[1], "bk", at, size))
-    allowed = allowed_pairs(
-        tiles.spec, x["mask_arrays"], segments, tiles.index(at), (tiles.q_len, tiles.kv_len)
-    )
+    allowed = allowed_pairs(tiles.spec, x["mask_arrays"], segments, tiles.index(at), (tiles.q_len, tiles.kv_len))
     if allowed is not None:
         heads = (g, r) if allowed.shape[1] > 1 else (1, 1)
         allowed = allowed.reshape(allowed.shape[0], *heads, *allowed.shape[2:])
@@ -198,7 +196,7 @@ def _backward_tile(
         slope = jnp.broadcast_to(norm, scores.shape)
         slope = slope if allowed is None else jnp.where(allowed, slope, 0)
         weights = jnp.where(slope == 0, 0, scores * slope)
-    rows = lambda t: t.reshape(*t.shape[:2], -1, t.shape[-1])  # noqa: E731
+    rows = lambda t: t.reshape(*t.shape[:2], -1, t.shape[-1])
     dout_rows = rows(dout)
     dtype = raw.dtype
     dweights = jnp.einsum("bgqv,bgsv->bgqs", dout_rows, v, preferred_element_type=dtype).reshape(scores.shape)
@@ -337,7 +335,7 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
     result["score_arrays"], result["score_params"] = jax.tree.map(
         lambda grad: grad if _has_gradient(grad) else None, grads["params"]
     )
-    cast = lambda grad, primal: None if grad is None else grad.astype(primal.dtype)  # noqa: E731
+    cast = lambda grad, primal: None if grad is None else grad.astype(primal.dtype)
     return (jax.tree.map(cast, result, operands, is_leaf=lambda leaf: leaf is None),)
 
 

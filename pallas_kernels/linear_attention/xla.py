@@ -115,9 +115,10 @@ def linear_attention_xla(
 
     def stretch(start: int, stop: int, size: int) -> Chunk:
         """The tokens start..stop as chunks of ``size``: axes N b h c ..."""
-        split = lambda t, axis: jnp.moveaxis(  # noqa: E731
-            t.reshape(*t.shape[:axis], -1, size, *t.shape[axis + 1 :]), axis, 0
-        )
+
+        def split(t: Array, axis: int) -> Array:
+            return jnp.moveaxis(t.reshape(*t.shape[:axis], -1, size, *t.shape[axis + 1 :]), axis, 0)
+
         chunks = {name: None if t is None else split(t[:, :, start:stop], 2) for name, t in x.items()}
         chunks["resets"] = None if reset is None else jnp.cumsum(split(reset[:, start:stop], 1), -1, dtype=jnp.int32)
         return chunks
