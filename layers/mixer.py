@@ -79,8 +79,9 @@ class MixerInfo:
     @property
     def options(self) -> tuple[str, ...]:
         """Names of the keyword options that the constructor takes, without ``rngs``."""
-        parameters = list(inspect.signature(self.constructor).parameters.values())[1:]
-        return tuple(p.name for p in parameters if p.name != "rngs")
+        # Of __init__, since Flax gives its classes a call without a signature; self and d_model are no options.
+        names = list(inspect.signature(self.constructor.__init__).parameters)[2:]
+        return tuple(name for name in names if name != "rngs")
 
 
 _REGISTRY: dict[str, MixerInfo] = {}

@@ -18,7 +18,7 @@ __all__ = ["And", "Causal", "FirstKeys", "Mask", "Or", "SlidingWindow"]
 
 def _shift(offset: Any, b: Any) -> Any:
     """The offset of row ``b``, whether there is one for all rows or one a row."""
-    return offset if jnp.ndim(offset) == 0 else offset[b]
+    return offset if jnp.ndim(offset) == 0 else jnp.asarray(offset)[b]
 
 
 class Mask:

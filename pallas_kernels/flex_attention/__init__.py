@@ -91,7 +91,8 @@ def flex_attention(
         block_size, block_map = mask.block_size, mask.block_map
     else:
         block_size, block_map = (T, S), None
-        if run is not flex_attention_reference and T * S > tuning.XLA_SINGLE_TILE:
+        single = T * S <= tuning.XLA_SINGLE_TILE and S <= tuning.XLA_MOST_KEYS
+        if run is not flex_attention_reference and not single:
             block_size, block_map = _tiling(mask, hoisted_mask, segments, (B, H, T, S))
 
     spec = FlexSpec(K**-0.5 if scale is None else float(scale), normalizer, block_size, hoisted_mask, hoisted_score)
@@ -111,8 +112,9 @@ def _tiling(
 ) -> tuple[tuple[int, int], Array | None]:
     """Tile sizes, and the tiles that mask and segments leave, where the caller gives no BlockMask."""
     B, H, T, S = sizes
-    rows = min(T, tuning.XLA_BLOCK[0])
-    columns = min(S, max(tuning.XLA_BLOCK[1], tuning.XLA_SINGLE_TILE // (4 * rows)))
+    most_rows, columns = tuning.XLA_BLOCK
+    rows = min(T, most_rows)
+    columns = min(S, tuning.XLA_MOST_KEYS, columns * most_rows // rows)
     block_map = None
     if mask is not None:
         batch, heads = B if hoisted.reads[0] else 1, H if hoisted.reads[1] else 1

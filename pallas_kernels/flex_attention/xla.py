@@ -22,7 +22,7 @@ Operands = dict[str, Any]
 
 @dataclass(frozen=True)
 class _Tiles:
-    """Shapes of the tiling. Arrays are ``B G R T K``: R query heads share one of G key heads."""
+    """Shapes of the tiling. Queries are ``B T G R K``: R query heads share one of G key heads."""
 
     spec: FlexSpec
     batch: int
@@ -88,24 +88,29 @@ def _add(array: Array, part: Array, axes: str, at: dict[str, Array]) -> Array:
     return jax.lax.dynamic_update_slice(array, old + part, start)
 
 
-def _pad(array: Array, axis: int, multiple: int, value: float = 0) -> Array:
+def _pad(array: Array, axis: int, multiple: int, **how: Any) -> Array:
+    """Fill an axis up to a multiple; ``how`` as for ``jnp.pad``, zeros by default."""
     short = -array.shape[axis] % multiple
     if not short:
         return array
-    return jnp.pad(array, [(0, short if a == axis else 0) for a in range(array.ndim)], constant_values=value)
+    return jnp.pad(array, [(0, short if a == axis else 0) for a in range(array.ndim)], **how)
 
 
 def _layout(spec: FlexSpec, operands: Operands) -> tuple[_Tiles, Operands]:
-    """Bring the operands into tile order: ``B G R T K`` queries, ``B G S K`` keys, padded to whole blocks."""
+    """The operands padded to whole blocks, with query heads as ``G R``.
+
+    Heads stay behind tokens: they move to the front tile by tile, inside the cache. Padding repeats the last query and
+    the last key, here and in ``_scores``, so that a score function meets real pairs only.
+    """
     query, key = operands["query"], operands["key"]
     (B, T, H, K), (S, G) = query.shape, key.shape[1:3]
     rows, columns = spec.block_size
     block_map = operands["block_map"]
     tiles = _Tiles(spec, B, G, H // G, T, S, (1, 1) if block_map is None else block_map.shape[:2])
     arranged = dict(operands)
-    arranged["query"] = _pad(query.reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4), 3, rows)
-    for name in ("key", "value"):
-        arranged[name] = _pad(operands[name].swapaxes(1, 2), 2, columns)
+    arranged["query"] = _pad(query.reshape(B, T, G, H // G, K), 1, rows, mode="edge")
+    arranged["key"] = _pad(key, 1, columns, mode="edge")
+    arranged["value"] = _pad(operands["value"], 1, columns)
     if operands["bias"] is not None:
         bias = _pad(operands["bias"], 3, columns)
         bias = bias if bias.shape[2] == 1 else _pad(bias, 2, rows)
@@ -122,9 +127,9 @@ def _tile_inputs(tiles: _Tiles, x: Operands, at: dict[str, Array]) -> tuple[Arra
     """Query, key, value, bias and allowed pairs of one tile; q is ``b g (r q) K``, the mask ``b g r q k``."""
     size = tiles.sizes()
     b, g, r = tiles.local
-    q = _slice(x["query"], "bgrq.", at, size)
+    q = _heads_first(_slice(x["query"], "bqgr.", at, size))
     q = q.reshape(b, g, r * size["q"], q.shape[-1])
-    k, v = (_slice(x[name], "bgk.", at, size) for name in ("key", "value"))
+    k, v = (jnp.swapaxes(_slice(x[name], "bkg.", at, size), 1, 2) for name in ("key", "value"))
     bias = None if x["bias"] is None else _slice(x["bias"], "bgrqk", at, size)
     segments = x["segments"]
     if segments is not None:
@@ -144,8 +149,20 @@ def _scores(tiles: _Tiles, at: dict[str, Array], raw: Array, params: Any, bias: 
     if bias is not None:
         heads = 1 if bias.shape[1] * bias.shape[2] == 1 else g * r
         bias = bias.reshape(bias.shape[0], heads, *bias.shape[3:])
-    scores = modified_scores(tiles.spec, raw.reshape(by_head), *params, bias, tiles.index(at))
+    b_index, h_index, q_index, k_index = tiles.index(at)
+    index = (b_index, h_index, jnp.minimum(q_index, tiles.q_len - 1), jnp.minimum(k_index, tiles.kv_len - 1))
+    scores = modified_scores(tiles.spec, raw.reshape(by_head), *params, bias, index)
     return scores.reshape(b, g, r, size["q"], size["k"])
+
+
+def _heads_first(array: Array) -> Array:
+    """``b q g r ...`` -> ``b g r q ...``."""
+    return jnp.moveaxis(array, 1, 3)
+
+
+def _tokens_first(array: Array) -> Array:
+    """``b g r q ...`` -> ``b q g r ...``."""
+    return jnp.moveaxis(array, 3, 1)
 
 
 def _score_params(x: Operands) -> tuple[Any, Any]:
@@ -185,8 +202,8 @@ def _backward_tile(
     q, k, v, bias, allowed = _tile_inputs(tiles, x, at)
     raw = _products(q, k)
     scores, pullback = jax.vjp(functools.partial(_scores, tiles, at), raw, _score_params(x), bias)
-    lse, shift = (_slice(saved[name], "bgrq", at, size) for name in ("lse", "shift"))
-    dout = _slice(saved["dout"], "bgrq.", at, size)
+    lse, shift = (_heads_first(_slice(saved[name], "bqgr", at, size)) for name in ("lse", "shift"))
+    dout = _heads_first(_slice(saved["dout"], "bqgr.", at, size))
     lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
     if spec.normalizer == "softmax":
         scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
@@ -207,8 +224,8 @@ def _backward_tile(
     dk = jnp.einsum("bgqs,bgqk->bgsk", draw, q, preferred_element_type=dtype)
     dq = dq + jnp.einsum("bgqs,bgsk->bgqk", draw, k, preferred_element_type=dtype).reshape(dq.shape)
     grads = dict(grads)
-    grads["key"] = _add(grads["key"], dk, "bgk.", at)
-    grads["value"] = _add(grads["value"], dv, "bgk.", at)
+    grads["key"] = _add(grads["key"], jnp.swapaxes(dk, 1, 2), "bkg.", at)
+    grads["value"] = _add(grads["value"], jnp.swapaxes(dv, 1, 2), "bkg.", at)
     grads["params"] = jax.tree.map(
         lambda total, part: total + part if _has_gradient(total) else total, grads["params"], dparams
     )
@@ -247,18 +264,11 @@ def _each_row(tiles: _Tiles, body: Callable[[Any, tuple[Array, Array]], tuple[An
 
 
 def _assemble(tiles: _Tiles, rows: Array) -> Array:
-    """``maps nQ b g r q ...`` -> ``B G R T ...`` with the padding still on."""
-    maps_b, maps_h = tiles.maps
-    rows = rows.reshape(maps_b, maps_h, *rows.shape[1:])
-    rest = tuple(range(7, rows.ndim))
-    rows = rows.transpose(0, 3, 1, 4, 5, 2, 6, *rest)  # maps_b b maps_h g r nQ q ...
-    return rows.reshape(tiles.batch, tiles.groups, tiles.repeats, -1, *rows.shape[7:])
-
-
-def _to_user(tiles: _Tiles, array: Array) -> Array:
-    """``B G R T ...`` padded -> ``B T H ...``."""
-    array = array[:, :, :, : tiles.q_len].reshape(tiles.batch, -1, tiles.q_len, *array.shape[4:])
-    return jnp.swapaxes(array, 1, 2)
+    """``maps nQ b q g r ...`` -> ``B T H ...`` without padding."""
+    rows = rows.reshape(*tiles.maps, *rows.shape[1:])
+    rows = jnp.moveaxis(rows, (0, 3, 2, 4, 1), (0, 1, 2, 3, 4))  # maps_b b nQ q maps_h g r ...
+    rows = rows.reshape(tiles.batch, -1, tiles.groups * tiles.repeats, *rows.shape[7:])
+    return rows[:, : tiles.q_len]
 
 
 def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
@@ -282,10 +292,11 @@ def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
             m, l, o = softmax_combine((m, l, o), (sink, jnp.ones_like(l), jnp.zeros_like(o)))
         safe = jnp.where(l == 0, 1, l)
         out = o if spec.normalizer == "none" else o / safe[..., None]
-        return None, (out.astype(operands["query"].dtype), jnp.where(l == 0, -jnp.inf, m + jnp.log(safe)))
+        lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(safe))
+        return None, (_tokens_first(out.astype(operands["query"].dtype)), _tokens_first(lse))
 
     _, (out, lse) = _each_row(tiles, row, None)
-    return _to_user(tiles, _assemble(tiles, out)), _to_user(tiles, _assemble(tiles, lse))
+    return _assemble(tiles, out), _assemble(tiles, lse)
 
 
 def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands]:
@@ -302,13 +313,12 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
     else:
         shift = shift + jnp.sum((dout * out).astype(dtype), axis=-1)
 
-    def arrange(array: Array, padding: float = 0) -> Array:
-        array = jnp.swapaxes(array, 1, 2)
-        array = array.reshape(tiles.batch, tiles.groups, tiles.repeats, *array.shape[2:])
-        return _pad(array, 3, spec.block_size[0], padding)
+    def arrange(array: Array, **how: Any) -> Array:
+        array = array.reshape(*array.shape[:2], tiles.groups, tiles.repeats, *array.shape[3:])
+        return _pad(array, 1, spec.block_size[0], **how)
 
-    # Padded queries weigh nothing: exp(score - inf) = 0 whatever the score function makes of them.
-    saved = {"lse": arrange(lse, jnp.inf), "shift": arrange(shift), "dout": arrange(dout)}
+    # Padded queries weigh nothing: exp(score - inf) = 0.
+    saved = {"lse": arrange(lse, constant_values=jnp.inf), "shift": arrange(shift), "dout": arrange(dout)}
     sources = {"key": x["key"], "value": x["value"], "bias": x["bias"], "params": _score_params(x)}
     grads = jax.tree.map(lambda t: jnp.zeros(t.shape, dtype) if _has_gradient(t) else t, sources)
 
@@ -317,13 +327,14 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
             return _backward_tile(tiles, x, tiles.corner(*at, ki), *carry, saved)
 
         dq = jnp.zeros((*tiles.local, spec.block_size[0], x["query"].shape[-1]), dtype)
-        return _fold_row(tiles, x, *at, tile, (grads, dq))
+        grads, dq = _fold_row(tiles, x, *at, tile, (grads, dq))
+        return grads, _tokens_first(dq)
 
     grads, dq = _each_row(tiles, row, grads)
     result: Operands = dict.fromkeys(operands)
-    result["query"] = _to_user(tiles, _assemble(tiles, dq))
+    result["query"] = _assemble(tiles, dq)
     for name in ("key", "value"):
-        result[name] = jnp.swapaxes(grads[name][:, :, : tiles.kv_len], 1, 2)
+        result[name] = grads[name][:, : tiles.kv_len]
     if operands["bias"] is not None:
         shape = operands["bias"].shape
         bias = grads["bias"].reshape(shape[0], shape[1], *grads["bias"].shape[3:])

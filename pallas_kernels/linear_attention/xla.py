@@ -10,6 +10,7 @@ full precision, and nothing overflows. The backward pass recomputes each chunk f
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +38,11 @@ def _uniform_log_decay(per_head: Float[Array, "H"], c: int) -> tuple[Array, Arra
     return rate[..., None] * between[None, None], rate * (steps + 1)[None, None], rate * (c - 1 - steps)[None, None]
 
 
-def _decays(log_decay: Array | None, x: Chunk, c: int) -> tuple[Array | None, Array | None, Array | None]:
-    """D_ij ``b h i j *K``, D_i0 ``b h i *K`` and D_Cj ``b h j *K`` of one chunk."""
-    if log_decay is not None:
-        return _uniform_log_decay(log_decay, c)
-    if x["log_decay"] is None:
-        return None, None, None
-    pairs = _pair_log_decay(x["log_decay"])
-    # Up to and including i: the sum after token 0, and that of token 0 itself.
-    return pairs, pairs[:, :, :, 0] + x["log_decay"][:, :, :1], pairs[:, :, -1]
+def _token_log_decay(log_decay: Float[Array, "b h c *K"]) -> tuple[Array, Array, Array]:
+    """The same three for a decay per token: D_ij ``b h i j *K``, D_i0 ``b h i *K`` and D_Cj ``b h j *K``."""
+    pairs = _pair_log_decay(log_decay)
+    # D_i0 is the sum after token 0, and that of token 0 itself.
+    return pairs, pairs[:, :, :, 0] + log_decay[:, :, :1], pairs[:, :, -1]
 
 
 def _exp(log: Array | None, allowed: Array | None) -> Array:
@@ -57,13 +54,19 @@ def _exp(log: Array | None, allowed: Array | None) -> Array:
     return jnp.where(allowed, factor, 0)
 
 
-def _chunk(log_decay: Array | None, state: Array, x: Chunk) -> tuple[Array, Array]:
-    """One chunk: (state after it, output ``b h c V``)."""
+def _chunk(uniform: tuple[Array, Array, Array] | None, state: Array, x: Chunk) -> tuple[Array, Array]:
+    """One chunk of tokens ``b c h ...``: (state after it, output ``b c h V``).
+
+    Heads move to the front here, chunk by chunk: moved for the whole sequence, they would leave the cache.
+    """
     dtype = state.dtype
-    q, k, v = (x[name].astype(dtype) for name in ("query", "key", "value"))
+    q, k, v, log_decay = (
+        None if x[name] is None else jnp.swapaxes(x[name], 1, 2).astype(dtype)
+        for name in ("query", "key", "value", "log_decay")
+    )
     heads, c = q.shape[1:3]
     k, v = (jnp.repeat(t, heads // t.shape[1], axis=1) for t in (k, v))
-    pairs, into, out_of = _decays(log_decay, x, c)
+    pairs, into, out_of = uniform if log_decay is None else _token_log_decay(log_decay)
 
     causal = jnp.tril(jnp.ones((1, 1, c, c), bool))
     from_start = to_end = None
@@ -87,7 +90,7 @@ def _chunk(log_decay: Array | None, state: Array, x: Chunk) -> tuple[Array, Arra
     decay = column(_exp(last, None if from_start is None else from_start[..., -1:]))[:, :, 0]
     ones = jnp.ones((1, 1, 1), dtype)
     _, state = decay_combine((ones, state), (decay, added))
-    return state, out
+    return state, jnp.swapaxes(out, 1, 2)
 
 
 @functools.partial(jax.jit, static_argnames="chunk_size")
@@ -104,34 +107,35 @@ def linear_attention_xla(
     T = query.shape[1]
     c = min(chunk_size, T)
     per_head = None
-    if log_decay is not None:
-        log_decay = log_decay.astype(state.dtype)
-        per_head, log_decay = (log_decay, None) if log_decay.ndim == 1 else (None, log_decay)
-    reset = None
+    if log_decay is not None and log_decay.ndim == 1:
+        per_head, log_decay = log_decay.astype(state.dtype), None
+    x = {"query": query, "key": key, "value": value, "log_decay": log_decay, "resets": None}
     if segment_ids is not None:
-        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    x = {"query": query, "key": key, "value": value, "log_decay": log_decay}
-    x = {name: None if t is None else jnp.swapaxes(t, 1, 2) for name, t in x.items()}
+        x["resets"] = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
 
     def stretch(start: int, stop: int, size: int) -> Chunk:
-        """The tokens start..stop as chunks of ``size``: axes N b h c ..."""
+        """The tokens start..stop as chunks of ``size``: axes N b c ..."""
 
-        def split(t: Array, axis: int) -> Array:
-            return jnp.moveaxis(t.reshape(*t.shape[:axis], -1, size, *t.shape[axis + 1 :]), axis, 0)
+        def split(t: Array) -> Array:
+            return jnp.moveaxis(t[:, start:stop].reshape(t.shape[0], -1, size, *t.shape[2:]), 1, 0)
 
-        chunks = {name: None if t is None else split(t[:, :, start:stop], 2) for name, t in x.items()}
-        chunks["resets"] = None if reset is None else jnp.cumsum(split(reset[:, start:stop], 1), -1, dtype=jnp.int32)
+        chunks = {name: None if t is None else split(t) for name, t in x.items()}
+        if chunks["resets"] is not None:
+            chunks["resets"] = jnp.cumsum(chunks["resets"], axis=-1, dtype=jnp.int32)
         return chunks
 
-    body = jax.checkpoint(functools.partial(_chunk, per_head))
+    def body(size: int) -> Callable[[Array, Chunk], tuple[Array, Array]]:
+        uniform = (None, None, None) if per_head is None else _uniform_log_decay(per_head, size)
+        return jax.checkpoint(functools.partial(_chunk, uniform))
+
     n, outputs = T // c, []
     if n > 1:
-        state, out = jax.lax.scan(body, state, stretch(0, n * c, c))
-        outputs.append(jnp.moveaxis(out, 0, 2).reshape(*out.shape[1:3], n * c, out.shape[-1]))
+        state, out = jax.lax.scan(body(c), state, stretch(0, n * c, c))
+        outputs.append(jnp.moveaxis(out, 0, 1).reshape(out.shape[1], n * c, *out.shape[3:]))
     elif n == 1:
-        state, out = body(state, jax.tree.map(lambda t: t[0], stretch(0, c, c)))
+        state, out = body(c)(state, jax.tree.map(lambda t: t[0], stretch(0, c, c)))
         outputs.append(out)
     if T % c:
-        state, out = body(state, jax.tree.map(lambda t: t[0], stretch(n * c, T, T % c)))
+        state, out = body(T % c)(state, jax.tree.map(lambda t: t[0], stretch(n * c, T, T % c)))
         outputs.append(out)
-    return jnp.swapaxes(jnp.concatenate(outputs, axis=2), 1, 2), state
+    return (outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=1)), state
