@@ -9,7 +9,7 @@ import difflib
 import json
 import os
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +36,26 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+def read_tensors(
+    paths: Sequence[Path], expected: Mapping[str, tuple[int, ...]], ignored: Collection[str] = ()
+) -> dict[str, np.ndarray]:
     """Read exactly the expected tensors from safetensors files.
 
     Args:
       paths: the files that hold them together.
-      expected: their shapes by name.
+      expected: shapes of the tensors by name.
+      ignored: names of tensors that may be there and are not read.
 
     Raises:
       ValueError: a file that is missing or damaged, or a tensor that is missing, unexpected, in two files, of another
         shape, or not of floating point.
     """
     with contextlib.ExitStack() as stack:
-        home: dict[str, tuple[Path, safe_open]] = {}
+        home = {}  # name -> (path, file)
         for path in paths:
             with _readable(path):
                 file = stack.enter_context(safe_open(path, "numpy"))
-            for name in file.keys():  # noqa: SIM118 (the file is no mapping)
+            for name in sorted(set(file.keys()) - set(ignored)):
                 if name in home:
                     raise ValueError(f"tensor {name!r} is in {home[name][0]} and again in {path}")
                 home[name] = path, file

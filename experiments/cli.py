@@ -6,6 +6,7 @@ and the list of papers come at once.
 
 import importlib
 import importlib.metadata
+import logging
 import os
 import sys
 import traceback
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success; 2 a mistake of the user or a failure of the system (ValueError, OSError), told in one line on stderr,
     or as a traceback if MANYHEADS_DEBUG=1; 130 an interrupt; 141 an output that nobody reads any more.
     """
+    _messages_to_stderr()
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
@@ -45,6 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             message = " ".join(str(error).split()) or type(error).__name__
             print(f"manyheads: error: {message}", file=sys.stderr)
         return 2
+
+
+def _messages_to_stderr() -> None:
+    """What the library has to say to a user goes to stderr as it is, whatever else configures logging."""
+    log = logging.getLogger("manyheads")
+    if not log.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        log.addHandler(handler)
+        log.propagate = False
 
 
 def _run(argv: list[str]) -> int:

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
 from manyheads.experiments.data.batching import Batch, fixed_batches, shuffled_indices
 
 __all__ = ["IGNORE", "MQARData", "mqar_batch", "mqar_batch_jax"]

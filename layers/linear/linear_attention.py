@@ -89,5 +89,6 @@ class LinearAttention(nnx.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
-        y = y[..., :-1] / jnp.maximum(y[..., -1:], jnp.finfo(y.dtype).tiny)
+        # Where every feature underflows: a floor whose inverse square is finite keeps the gradient of the quotient finite.
+        y = y[..., :-1] / jnp.maximum(y[..., -1:], float(jnp.finfo(y.dtype).tiny) ** 0.5)
         return self.out(y.reshape(*y.shape[:2], -1)), MatrixState(matrix)

@@ -2,7 +2,8 @@
 
 A tile is a block of queries against a block of keys, for all rows and heads that share a block map. The forward pass
 folds the tiles of a row of blocks with ``softmax_combine``; the backward pass recomputes the weights of each tile
-from the saved log-sum-exp and accumulates the gradients of keys, values, bias and score parameters in place.
+from the saved maximum and sum of each row and accumulates the gradients of keys, values, bias and score parameters in
+place.
 Cost: 2 (K + V) operations a pair of an active tile forward, 2 (3 K + 2 V) backward.
 """
 
@@ -76,14 +77,14 @@ class _Tiles:
 def _slice(array: Array, axes: str, at: dict[str, Array], size: dict[str, int]) -> Array:
     """The part of ``array`` in the tile at ``at``; ``axes`` names its axes, "." is taken whole, as are axes of size 1."""
     whole = [axis == "." or n == 1 for axis, n in zip(axes, array.shape)]
-    start = [0 if w else at[axis] for axis, w in zip(axes, whole)]
+    start = [jnp.int32(0) if w else at[axis] for axis, w in zip(axes, whole)]
     sizes = [n if w else size[axis] for axis, n, w in zip(axes, array.shape, whole)]
     return jax.lax.dynamic_slice(array, start, sizes)
 
 
 def _add(array: Array, part: Array, axes: str, at: dict[str, Array]) -> Array:
     """Add ``part`` to ``array`` in place at the tile ``at``."""
-    start = [0 if axis == "." or n == 1 else at[axis] for axis, n in zip(axes, array.shape)]
+    start = [jnp.int32(0) if axis == "." or n == 1 else at[axis] for axis, n in zip(axes, array.shape)]
     old = jax.lax.dynamic_slice(array, start, part.shape)
     return jax.lax.dynamic_update_slice(array, old + part, start)
 
@@ -202,14 +203,14 @@ def _backward_tile(
     q, k, v, bias, allowed = _tile_inputs(tiles, x, at)
     raw = _products(q, k)
     scores, pullback = jax.vjp(functools.partial(_scores, tiles, at), raw, _score_params(x), bias)
-    lse, shift = (_heads_first(_slice(saved[name], "bqgr", at, size)) for name in ("lse", "shift"))
+    top, norm, shift = (
+        _heads_first(_slice(saved[name], "bqgr", at, size))[..., None] for name in ("top", "norm", "shift")
+    )
     dout = _heads_first(_slice(saved["dout"], "bqgr.", at, size))
-    lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
     if spec.normalizer == "softmax":
         scores = scores if allowed is None else jnp.where(allowed, scores, -jnp.inf)
-        weights = slope = jnp.exp(scores - lse)
+        weights = slope = jnp.exp(scores - top) * norm
     else:
-        norm = jnp.exp(-lse) if spec.normalizer == "sum" else jnp.ones_like(lse)
         slope = jnp.broadcast_to(norm, scores.shape)
         slope = slope if allowed is None else jnp.where(allowed, slope, 0)
         weights = jnp.where(slope == 0, 0, scores * slope)
@@ -217,7 +218,7 @@ def _backward_tile(
     dout_rows = rows(dout)
     dtype = raw.dtype
     dweights = jnp.einsum("bgqv,bgsv->bgqs", dout_rows, v, preferred_element_type=dtype).reshape(scores.shape)
-    dscores = slope * (dweights - shift[..., None])
+    dscores = slope * (dweights - shift)
     draw, dparams, dbias = pullback(dscores)
     draw = draw.astype(q.dtype)
     dv = jnp.einsum("bgqs,bgqv->bgsv", rows(weights).astype(v.dtype), dout_rows, preferred_element_type=dtype)
@@ -247,9 +248,11 @@ def _active(tiles: _Tiles, x: Operands) -> tuple[Array | None, Array | None]:
 def _fold_row(tiles: _Tiles, x: Operands, i: Array, qi: Array, body: Callable[[Array, Any], Any], start: Any) -> Any:
     """Fold ``body(ki, carry)`` over the active tiles of row ``qi`` in block map ``i``."""
     columns, counts = x["active"]
-    if columns is None:
-        return jax.lax.fori_loop(0, tiles.n_kv, body, start) if tiles.n_kv > 1 else body(jnp.int32(0), start)
-    return jax.lax.fori_loop(0, counts[i, qi], lambda j, carry: body(columns[i, qi, j], carry), start)
+    if columns is not None:
+        return jax.lax.fori_loop(0, counts[i, qi], lambda j, carry: body(columns[i, qi, j], carry), start)
+    if tiles.n_kv == 1:
+        return body(jnp.int32(0), start)
+    return jax.lax.fori_loop(jnp.int32(0), jnp.int32(tiles.n_kv), body, start)
 
 
 def _each_row(tiles: _Tiles, body: Callable[[Any, tuple[Array, Array]], tuple[Any, Any]], carry: Any) -> Any:
@@ -271,7 +274,8 @@ def _assemble(tiles: _Tiles, rows: Array) -> Array:
     return rows[:, : tiles.q_len]
 
 
-def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
+def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array, Array]:
+    """Output ``B T H V``, and ``B T H`` the maximum and the sum that make up the log-sum-exp."""
     tiles, x = _layout(spec, operands)
     x["active"] = _active(tiles, x)
     dtype = jnp.promote_types(operands["query"].dtype, jnp.float32)
@@ -281,7 +285,7 @@ def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
         jnp.full(shape, lowest, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, x["value"].shape[-1]), dtype)
     )  # fmt: skip
 
-    def row(carry: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def row(carry: None, at: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
         def tile(ki: Array, part: Any) -> Any:
             return softmax_combine(part, _forward_tile(tiles, x, tiles.corner(*at, ki)))
 
@@ -290,35 +294,36 @@ def _forward(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
             h = tiles.index(tiles.corner(*at, jnp.int32(0)))[1]
             sink = jnp.broadcast_to(x["sinks"].astype(dtype)[h].reshape(1, *tiles.local[1:], 1), m.shape)
             m, l, o = softmax_combine((m, l, o), (sink, jnp.ones_like(l), jnp.zeros_like(o)))
-        safe = jnp.where(l == 0, 1, l)
-        out = o if spec.normalizer == "none" else o / safe[..., None]
-        lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(safe))
-        return None, (_tokens_first(out.astype(operands["query"].dtype)), _tokens_first(lse))
+        out = o if spec.normalizer == "none" else o / jnp.where(l == 0, 1, l)[..., None]
+        return None, (_tokens_first(out.astype(operands["query"].dtype)), _tokens_first(m), _tokens_first(l))
 
-    _, (out, lse) = _each_row(tiles, row, None)
-    return _assemble(tiles, out), _assemble(tiles, lse)
+    _, rows = _each_row(tiles, row, None)
+    return tuple(_assemble(tiles, x) for x in rows)
 
 
 def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -> tuple[Operands]:
-    operands, out, lse = residuals
+    operands, out, m, l = residuals
     dout, dlse = cotangents
     tiles, x = _layout(spec, operands)
     x["active"] = _active(tiles, x)
     dtype = jnp.promote_types(operands["query"].dtype, jnp.float32)
+    # A weight is exp(score - top) * norm; exp(score - lse) would first round lse, which shows where scores are large.
     # d loss / d score = slope * (d weight - shift): the shift gathers what normalisation and lse subtract.
-    total = jnp.exp(lse)
+    top = jnp.where(m == -jnp.inf, 0, m)
+    norm = 1 / jnp.where(l == 0, 1, l)
     shift = -dlse.astype(dtype)
     if spec.normalizer == "none":
-        shift = shift / jnp.where(total == 0, 1, total)
+        shift, norm = shift * norm, jnp.ones_like(norm)
     else:
-        shift = shift + jnp.sum((dout * out).astype(dtype), axis=-1)
+        shift = shift + jnp.sum(dout.astype(dtype) * out.astype(dtype), axis=-1)
 
     def arrange(array: Array, **how: Any) -> Array:
         array = array.reshape(*array.shape[:2], tiles.groups, tiles.repeats, *array.shape[3:])
         return _pad(array, 1, spec.block_size[0], **how)
 
-    # Padded queries weigh nothing: exp(score - inf) = 0.
-    saved = {"lse": arrange(lse, constant_values=jnp.inf), "shift": arrange(shift), "dout": arrange(dout)}
+    # With dout and shift zero, padded queries add nothing to any gradient.
+    saved = {name: arrange(x, mode="edge") for name, x in (("top", top), ("norm", norm))}
+    saved |= {"shift": arrange(shift), "dout": arrange(dout)}
     sources = {"key": x["key"], "value": x["value"], "bias": x["bias"], "params": _score_params(x)}
     grads = jax.tree.map(lambda t: jnp.zeros(t.shape, dtype) if _has_gradient(t) else t, sources)
 
@@ -342,7 +347,7 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
     if operands["sinks"] is not None:
         # The sink is one more key, with value zero: d sink = -p_sink * shift.
         sink = operands["sinks"].astype(dtype)[None, None, :]
-        result["sinks"] = -jnp.sum(jnp.exp(sink - lse) * shift, axis=(0, 1))
+        result["sinks"] = -jnp.sum(jnp.exp(sink - top) * norm * shift, axis=(0, 1))
     result["score_arrays"], result["score_params"] = jax.tree.map(
         lambda grad: grad if _has_gradient(grad) else None, grads["params"]
     )
@@ -352,12 +357,13 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flex(spec: FlexSpec, operands: Operands) -> tuple[Array, Array]:
-    return _forward(spec, operands)
+    return _flex_forward(spec, operands)[0]
 
 
 def _flex_forward(spec: FlexSpec, operands: Operands) -> tuple[tuple[Array, Array], Any]:
-    out, lse = _forward(spec, operands)
-    return (out, lse), (operands, out, lse)
+    out, m, l = _forward(spec, operands)
+    lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
+    return (out, lse), (operands, out, m, l)
 
 
 _flex.defvjp(_flex_forward, _backward)

@@ -1,0 +1,305 @@
+"""The training loop: resumes bit for bit after a kill at any moment, and says clearly why it stops.
+
+Everything in a run is a function of its description and its step, so a run that is stopped and started again ends with the
+same parameters and the same ``metrics.jsonl`` as one that ran through. The folder of a run holds ``config.json``,
+``metrics.jsonl``, ``tensorboard/``, ``checkpoints/`` and, at the end, ``loss.png``, ``summary.json`` and what the task
+shows.
+"""
+
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from manyheads.experiments.record import write_json
+from manyheads.experiments.training.checkpoint import Checkpoints, named_leaves, with_leaves
+from manyheads.experiments.training.metrics import Metrics, plot_losses, read_metrics
+from manyheads.experiments.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
+from manyheads.experiments.training.progress import Progress
+from manyheads.experiments.training.task import Task
+
+__all__ = ["Result", "TrainerConfig", "TrainingError", "load_description", "restore_model", "train"]
+
+logger = logging.getLogger("manyheads")
+
+
+class TrainingError(ValueError):
+    """Training cannot go on: the loss is not finite."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of the loop.
+
+    Attributes:
+      steps: length of the run.
+      seed: of the initial parameters and of the order of the data.
+      log_every: steps between two looks at the losses; every step is recorded all the same.
+      eval_every: steps between two evaluations on held-out data; the last step is evaluated too.
+      save_every: steps between two checkpoints; the last step is saved too.
+      keep: checkpoints to keep.
+    """
+
+    steps: int = 300
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 100
+    save_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self):
+        for field in ("steps", "log_every", "eval_every", "save_every"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative")
+        if self.keep < 2:
+            raise ValueError(f"keep={self.keep} must be at least 2: one is left if the newest checkpoint is damaged")
+
+
+# Settings that a resumed run may change: they do not change its result.
+FREE = ("log_every", "save_every", "keep", "out")
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: the step it reached, whether that is the last, and its last held-out metrics."""
+
+    step: int
+    finished: bool
+    metrics: Mapping[str, float]
+
+
+def train(
+    task: Task, config: TrainerConfig, optimizer: OptimizerConfig, out: Path, description: Mapping[str, Any]
+) -> Result:
+    """Train, or go on from the newest whole checkpoint in ``out``.
+
+    Args:
+      task: model, data and loss.
+      config: the loop.
+      optimizer: the optimizer.
+      out: folder of the run.
+      description: all settings, as JSON; a resumed run must have the same.
+
+    Returns:
+      How far it came: SIGTERM or an interrupt saves and ends early.
+
+    Raises:
+      TrainingError: the loss is not finite; the last checkpoint is good.
+      ValueError: ``description`` is not that of the run in ``out``, or no checkpoint can be read.
+      OSError: ``out`` cannot be written; what was saved is untouched.
+    """
+    out = Path(out)
+    description = json.loads(json.dumps(description))
+    _check_same_run(out, description)
+    loop = _Loop(task, config, optimizer, out)
+    _claim_folder(out, description)
+    with _stop_signals() as stopping:
+        loop.run(stopping)
+    if not loop.finished:
+        logger.warning("stopped at step %d of %d and saved; the same command continues", loop.step, config.steps)
+    elif not (out / "summary.json").exists():
+        loop.finish()
+    evals = [line for line in read_metrics(out) if "eval_loss" in line]
+    return Result(loop.step, loop.finished, {k: v for k, v in (evals[-1] if evals else {}).items() if k != "step"})
+
+
+def load_description(out: Path) -> dict[str, Any]:
+    """The settings of the run in ``out``; ValueError if there is no run."""
+    try:
+        return json.loads((Path(out) / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{out}: no run here, config.json is missing") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{out}: config.json is damaged ({error})") from None
+
+
+def restore_model(out: Path, model: nnx.Module) -> nnx.Module:
+    """``model`` with the parameters of the newest whole checkpoint of the run in ``out``."""
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    found = Checkpoints(Path(out) / "checkpoints").restore(named_leaves({"params": params}))
+    if found is None:
+        raise ValueError(f"{out}: no checkpoint here")
+    return nnx.merge(graph, with_leaves({"params": params}, found[1])["params"], rest)
+
+
+def _check_same_run(out: Path, description: Mapping[str, Any]) -> None:
+    """Raise ValueError if ``out`` holds a run with other settings."""
+    if not (out / "config.json").is_file():
+        return
+    before, now = _flatten(load_description(out)), _flatten(description)
+    for field in sorted(before.keys() | now.keys()):
+        if before.get(field) != now.get(field) and field not in FREE:
+            raise ValueError(
+                f"out={str(out)!r} holds a run with {field}={before.get(field)!r}, not {now.get(field)!r}: "
+                "continue it with its own settings, or choose another folder"
+            )
+
+
+def _claim_folder(out: Path, description: Mapping[str, Any]) -> None:
+    """Make the folder and write ``config.json``; OSError with one line if that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", description)
+    except OSError as error:
+        raise OSError(f"out={str(out)!r} is not a folder that can be written: {error.strerror or error}") from None
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+    """Turn SIGTERM and SIGINT into a flag for as long as training runs; a second one acts as always."""
+    stopped: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
+        yield lambda: False
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def stop(number: int, _: Any) -> None:
+        stopped.append(number)
+        signal.signal(number, handlers[number])
+
+    for number in handlers:
+        signal.signal(number, stop)
+    try:
+        yield lambda: bool(stopped)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+class _Loop:
+    """The state of a run, and its steps."""
+
+    def __init__(self, task: Task, config: TrainerConfig, optimizer: OptimizerConfig, out: Path):
+        self.task, self.config, self.out = task, config, out
+        self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
+        self.graph, params, self.rest = nnx.split(task.init_model(nnx.Rngs(config.seed)), nnx.Param, ...)
+        transform = make_optimizer(optimizer, config.steps)
+        self.state = {"params": params, "optimizer": transform.init(params)}
+        self.step, note = 0, {}
+        found = self.checkpoints.restore(named_leaves(self.state))
+        if found is not None:
+            self.step, arrays, note = found
+            self.state = with_leaves(self.state, arrays)
+            logger.warning("continuing %s from step %d", out, self.step)
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+        self.batches = iter(task.train_data().to_iter_dataset(options))
+        if "data" in note:
+            self.batches.set_state(note["data"])
+        self.pending: list[tuple[int, dict[str, jax.Array]]] = []
+        self.host_seconds = 0.0
+        rate = learning_rate(optimizer, config.steps)
+
+        def loss(params: nnx.State, batch: Any) -> Any:
+            return task.loss(nnx.merge(self.graph, params, self.rest), batch)
+
+        def update(state: dict[str, Any], step: jax.Array, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+            (value, extra), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
+            updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
+            values = {"loss": value, **extra, "grad_norm": optax.global_norm(grads), "learning_rate": rate(step)}
+            return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, values
+
+        def evaluate(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
+            value, extra = loss(params, batch)
+            return {"eval_loss": value, **{f"eval_{name}": number for name, number in extra.items()}}
+
+        self._update = jax.jit(update, donate_argnums=0)
+        self._evaluate = jax.jit(evaluate)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.config.steps
+
+    def run(self, stopping: Callable[[], bool]) -> None:
+        """Take the steps that are left, until the end or until ``stopping()``."""
+        if self.finished:
+            logger.warning("%s is finished: %d steps", self.out, self.step)
+            return
+        config = self.config
+        self.metrics = Metrics(self.out, self.step)
+        with Progress(config.steps, self.step) as self.progress:
+            try:
+                while not self.finished:
+                    self._one_step()
+                    due = lambda every: self.step % every == 0 or self.finished
+                    stop = stopping()
+                    if due(config.log_every) or due(config.eval_every) or due(config.save_every) or stop:
+                        self._look()
+                    if due(config.eval_every):
+                        self._hold_out()
+                    if due(config.save_every) or stop:
+                        self._save()
+                    if stop:
+                        break
+            finally:
+                self.metrics.close()
+
+    def finish(self) -> None:
+        """Write plot, summary and what the task shows."""
+        plot_losses(self.out)
+        self.task.finish(nnx.merge(self.graph, self.state["params"], self.rest), self.out)
+        lines = read_metrics(self.out)
+        last: dict[str, Any] = {}
+        for line in lines:
+            last.update(line)
+        write_json(self.out / "summary.json", {"seed": self.config.seed, **last})
+
+    def _one_step(self) -> None:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.state, values = self._update(self.state, np.int32(self.step), batch)
+        self.step += 1
+        self.pending.append((self.step, values))
+        self.progress.advance(self.step, self.task.tokens(batch))
+        self.host_seconds += time.perf_counter() - start
+
+    def _look(self) -> None:
+        """Fetch, check and record the metrics of the steps since the last look."""
+        for step, values in jax.device_get(self.pending):
+            numbers = {name: float(value) for name, value in values.items()}
+            bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
+            if bad:
+                self.metrics.flush()
+                saved = self.checkpoints.steps()
+                kept = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
+                raise TrainingError(
+                    f"step {step}: {bad[0]}={numbers[bad[0]]} on batch {step - 1} (seed {self.config.seed}); {kept}"
+                )
+            self.metrics.write(step, numbers)
+        if self.pending:
+            self.progress.show(numbers["loss"])
+            self.metrics.show(self.step, {"tokens_per_second": self.progress.tokens_per_second})
+        self.pending = []
+        self.metrics.flush()
+
+    def _hold_out(self) -> None:
+        values = [self._evaluate(self.state["params"], batch) for batch in self.task.eval_data()]
+        means = jax.tree.map(lambda *numbers: float(jnp.mean(jnp.stack(numbers))), *values)
+        self.metrics.write(self.step, means)
+        self.metrics.flush()
+        self.progress.note(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
+
+    def _save(self) -> None:
+        self.checkpoints.save(self.step, named_leaves(self.state), {"data": self.batches.get_state()})
