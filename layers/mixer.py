@@ -16,9 +16,9 @@ What holds for every registered mixer (``tests/contracts`` checks each of these)
   change at its border; an id is not used again later in the row. Padding is a segment like any other;
 - the size of the state is what ``MixerInfo.state`` says.
 
-A mixer is built as ``Mixer(d_model, *, ..., rngs)``: explicit keyword options, ``rngs: nnx.Rngs`` last. Options named
-``num_heads``, ``num_kv_heads``, ``head_dim`` and ``position`` mean the same everywhere, so that a model can set them once
-for all of its mixers.
+A mixer is built as ``Mixer(d_model, *, ..., rngs)``: explicit keyword options, each annotated with a class or a union of
+classes, and ``rngs: nnx.Rngs`` last. Options named ``num_heads``, ``num_kv_heads``, ``head_dim`` and ``position`` mean the
+same everywhere, so that a model can set them once for all of its mixers.
 """
 
 import ast
@@ -62,7 +62,7 @@ class MixerInfo:
       paper: its number in the corpus, or None.
       causal: whether the output at t depends on inputs up to t only.
       decodes: whether ``init_state`` and ``extend`` exist.
-      state: "fixed" if the decode state does not grow with the capacity, "capacity" if it is proportional to it.
+      state: "fixed" if the decode state never grows with the capacity, "capacity" if under some options it does.
       variants: options under which the contract suite runs the mixer besides its defaults.
     """
 
@@ -122,7 +122,7 @@ def mixer_info(name: str) -> MixerInfo:
 def parse_mixer(spec: str) -> tuple[str, dict[str, Any]]:
     """Split ``"name"`` or ``"name(option=value, ...)"`` into the name and its options, both checked.
 
-    Values are Python literals: ``softmax(window=64, sinks=True)``.
+    Values are Python literals of the annotated type: ``softmax(window=64, sinks=True)``.
     """
     try:
         node = ast.parse(spec.strip(), mode="eval").body
@@ -131,16 +131,19 @@ def parse_mixer(spec: str) -> tuple[str, dict[str, Any]]:
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
             name = node.func.id
             options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in node.keywords}
-            if None in options:
-                raise ValueError("** is not allowed")
+            if None in options or len(options) < len(node.keywords):
+                raise ValueError("** and repeated options are not allowed")
         else:
             raise ValueError("neither a name nor a call")
-    except (SyntaxError, ValueError):
+    except (SyntaxError, TypeError, ValueError):
         raise ValueError(f"mixer {spec!r} is not of the form name or name(option=value, ...)") from None
     info = mixer_info(name)
-    for option in options:
+    for option, value in options.items():
         if option not in info.options:
             raise unknown_name(f"option of mixer {name!r}", option, info.options)
+        kind = info.constructor.__init__.__annotations__[option]
+        if not isinstance(value, kind) and not (isinstance(value, int) and isinstance(1.0, kind)):
+            raise ValueError(f"option {option}={value!r} of mixer {name!r} must be {inspect.formatannotation(kind)}")
     return name, options
 
 

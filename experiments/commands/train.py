@@ -65,7 +65,7 @@ class MQARRun(TrainerConfig):
         )
     )
     data: MQARData = field(default_factory=MQARData)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(schedule="constant", b2=0.999))
 
     def task(self) -> MQARTask:
         """The task of this run."""

@@ -189,7 +189,7 @@ def generate(
         progress = _decode(model, progress, rule, until)
     lengths = np.asarray(progress.lengths)
     columns = np.arange(max_new_tokens)
-    tokens = np.where(columns[None] < lengths[:, None], progress.tokens[:, :max_new_tokens], PADDING)
+    tokens = np.where(columns[None] < lengths[:, None], np.asarray(progress.tokens)[:, :max_new_tokens], PADDING)
     return Generated(tokens, lengths, np.asarray(progress.stopped))
 
 
@@ -225,15 +225,17 @@ def _check(
         raise ValueError("prompts is empty, at least one is needed")
     room = {"capacity": capacity, "max_length": config.max_length if config.position == "learned" else None}
     for i, prompt in enumerate(prompts):
-        if prompt.ndim != 1 or not len(prompt):
-            raise ValueError(f"prompts[{i}] has shape {list(prompt.shape)}, a prompt has one axis of at least 1 token")
+        if prompt.ndim != 1:
+            raise ValueError(f"prompts[{i}] has shape {list(prompt.shape)}, a prompt has one axis")
+        if not len(prompt):
+            raise ValueError(f"prompts[{i}] is empty, a prompt has at least one token")
         if not np.issubdtype(prompt.dtype, np.integer):
             raise ValueError(f"prompts[{i}] has dtype {prompt.dtype}, tokens are integers")
         _check_tokens(f"prompts[{i}]", prompt, config.vocab_size)
         for name, limit in room.items():
             if limit is not None and len(prompt) + max_new_tokens > limit:
-                sizes = f"{len(prompt)} tokens and max_new_tokens={max_new_tokens}"
-                raise ValueError(f"prompts[{i}] has {sizes}, together more than {name}={limit}")
+                needs = f"{len(prompt)} tokens and max_new_tokens={max_new_tokens}"
+                raise ValueError(f"prompts[{i}] has {needs}, together more than {name}={limit}")
     _check_tokens("stop_tokens", np.array(list(stop_tokens), int), config.vocab_size)
 
 

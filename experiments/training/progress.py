@@ -22,7 +22,7 @@ class Progress:
 
     def __init__(self, steps: int, step: int):
         self.steps, self.step, self.first = steps, step, step
-        self.tokens, self.loss = 0, float("nan")
+        self.tokens = 0
         self.console = Console(file=sys.stderr)
         self.bar = Bar(
             TextColumn("training"),

@@ -9,18 +9,13 @@ shows.
 import json
 import logging
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -30,6 +25,7 @@ from manyheads.experiments.training.checkpoint import Checkpoints, named_leaves,
 from manyheads.experiments.training.metrics import Metrics, plot_losses, read_metrics
 from manyheads.experiments.training.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from manyheads.experiments.training.progress import Progress
+from manyheads.experiments.training.signals import stop_signals
 from manyheads.experiments.training.task import Task
 
 __all__ = ["Result", "TrainerConfig", "TrainingError", "load_description", "restore_model", "train"]
@@ -38,7 +34,7 @@ logger = logging.getLogger("manyheads")
 
 
 class TrainingError(ValueError):
-    """Training cannot go on: the loss is not finite."""
+    """Training cannot go on: a metric or a parameter is not finite."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +96,7 @@ def train(
       How far it came: SIGTERM or an interrupt saves and ends early.
 
     Raises:
-      TrainingError: the loss is not finite; the last checkpoint is good.
+      TrainingError: a metric or a parameter is not finite; the last checkpoint is good.
       ValueError: ``description`` is not that of the run in ``out``, or no checkpoint can be read.
       OSError: ``out`` cannot be written; what was saved is untouched.
     """
@@ -108,13 +104,17 @@ def train(
     description = json.loads(json.dumps(description))
     _check_same_run(out, description)
     loop = _Loop(task, config, optimizer, out)
-    _claim_folder(out, description)
-    with _stop_signals() as stopping:
-        loop.run(stopping)
-    if not loop.finished:
-        logger.warning("stopped at step %d of %d and saved; the same command continues", loop.step, config.steps)
-    elif not (out / "summary.json").exists():
-        loop.finish()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", description)
+        with stop_signals() as stopping:
+            loop.run(stopping)
+        if not loop.finished:
+            logger.warning("stopped at step %d of %d and saved; the same command continues", loop.step, config.steps)
+        elif not (out / "summary.json").exists():
+            loop.finish()
+    except OSError as error:
+        raise OSError(f"out={str(out)!r}: {error}; {loop.saved}") from error
     evals = [line for line in read_metrics(out) if "eval_loss" in line]
     return Result(loop.step, loop.finished, {k: v for k, v in (evals[-1] if evals else {}).items() if k != "step"})
 
@@ -139,10 +139,14 @@ def restore_model(out: Path, model: nnx.Module) -> nnx.Module:
 
 
 def _check_same_run(out: Path, description: Mapping[str, Any]) -> None:
-    """Raise ValueError if ``out`` holds a run with other settings."""
+    """Raise ValueError for settings that are not finite, and if ``out`` holds a run with others."""
+    now = _flatten(description)
+    for field, value in now.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field}={value} must be finite")
     if not (out / "config.json").is_file():
         return
-    before, now = _flatten(load_description(out)), _flatten(description)
+    before = _flatten(load_description(out))
     for field in sorted(before.keys() | now.keys()):
         if before.get(field) != now.get(field) and field not in FREE:
             raise ValueError(
@@ -151,41 +155,10 @@ def _check_same_run(out: Path, description: Mapping[str, Any]) -> None:
             )
 
 
-def _claim_folder(out: Path, description: Mapping[str, Any]) -> None:
-    """Make the folder and write ``config.json``; OSError with one line if that cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", description)
-    except OSError as error:
-        raise OSError(f"out={str(out)!r} is not a folder that can be written: {error.strerror or error}") from None
-
-
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix[:-1]: tree}
     return {name: leaf for key, value in tree.items() for name, leaf in _flatten(value, f"{prefix}{key}.").items()}
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turn SIGTERM and SIGINT into a flag for as long as training runs; a second one acts as always."""
-    stopped: list[int] = []
-    if threading.current_thread() is not threading.main_thread():  # only the main thread gets signals
-        yield lambda: False
-        return
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def stop(number: int, _: Any) -> None:
-        stopped.append(number)
-        signal.signal(number, handlers[number])
-
-    for number in handlers:
-        signal.signal(number, stop)
-    try:
-        yield lambda: bool(stopped)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 class _Loop:
@@ -202,13 +175,11 @@ class _Loop:
         if found is not None:
             self.step, arrays, note = found
             self.state = with_leaves(self.state, arrays)
-            logger.warning("continuing %s from step %d", out, self.step)
-        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-        self.batches = iter(task.train_data().to_iter_dataset(options))
+        data, self.held_out = task.train_data(), task.eval_data()
+        self.batches = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
         if "data" in note:
             self.batches.set_state(note["data"])
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        self.host_seconds = 0.0
         rate = learning_rate(optimizer, config.steps)
 
         def loss(params: nnx.State, batch: Any) -> Any:
@@ -217,7 +188,7 @@ class _Loop:
         def update(state: dict[str, Any], step: jax.Array, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
             (value, extra), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
             updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
-            values = {"loss": value, **extra, "grad_norm": optax.global_norm(grads), "learning_rate": rate(step)}
+            values = {"loss": value, **extra, "grad_norm": optax.tree.norm(grads), "learning_rate": rate(step)}
             return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, values
 
         def evaluate(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
@@ -226,35 +197,42 @@ class _Loop:
 
         self._update = jax.jit(update, donate_argnums=0)
         self._evaluate = jax.jit(evaluate)
+        # Settings that do not fit together are found here, before anything is written.
+        jax.eval_shape(self._update, self.state, np.int32(0), data[0])
+        jax.eval_shape(self._evaluate, params, self.held_out[0])
 
     @property
     def finished(self) -> bool:
         """Whether the last step is done."""
         return self.step >= self.config.steps
 
+    @property
+    def saved(self) -> str:
+        """What a run that cannot go on leaves."""
+        last = self.checkpoints.last
+        return "there is no checkpoint yet" if last is None else f"the last good checkpoint is that of step {last}"
+
     def run(self, stopping: Callable[[], bool]) -> None:
         """Take the steps that are left, until the end or until ``stopping()``."""
         if self.finished:
             logger.warning("%s is finished: %d steps", self.out, self.step)
             return
+        if self.step:
+            logger.warning("continuing %s from step %d", self.out, self.step)
         config = self.config
-        self.metrics = Metrics(self.out, self.step)
-        with Progress(config.steps, self.step) as self.progress:
-            try:
-                while not self.finished:
-                    self._one_step()
-                    due = lambda every: self.step % every == 0 or self.finished
-                    stop = stopping()
-                    if due(config.log_every) or due(config.eval_every) or due(config.save_every) or stop:
-                        self._look()
-                    if due(config.eval_every):
-                        self._hold_out()
-                    if due(config.save_every) or stop:
-                        self._save()
-                    if stop:
-                        break
-            finally:
-                self.metrics.close()
+        due = lambda every: self.step % every == 0 or self.finished
+        with Metrics(self.out, self.step) as self.metrics, Progress(config.steps, self.step) as self.progress:
+            while not self.finished:
+                self._one_step()
+                stop = stopping()
+                if due(config.log_every) or due(config.eval_every) or due(config.save_every) or stop:
+                    self._look()
+                if due(config.eval_every):
+                    self._hold_out()
+                if due(config.save_every) or stop:
+                    self._save()
+                if stop:
+                    break
 
     def finish(self) -> None:
         """Write plot, summary and what the task shows."""
@@ -267,27 +245,19 @@ class _Loop:
         write_json(self.out / "summary.json", {"seed": self.config.seed, **last})
 
     def _one_step(self) -> None:
-        start = time.perf_counter()
         batch = next(self.batches)
         self.state, values = self._update(self.state, np.int32(self.step), batch)
         self.step += 1
         self.pending.append((self.step, values))
+        if len(self.pending) > 2:
+            jax.block_until_ready(self.pending[-3][1])  # steps that wait for the device would delay a stop
         self.progress.advance(self.step, self.task.tokens(batch))
-        self.host_seconds += time.perf_counter() - start
 
     def _look(self) -> None:
         """Fetch, check and record the metrics of the steps since the last look."""
         for step, values in jax.device_get(self.pending):
             numbers = {name: float(value) for name, value in values.items()}
-            bad = [name for name in ("loss", "grad_norm") if not math.isfinite(numbers[name])]
-            if bad:
-                self.metrics.flush()
-                saved = self.checkpoints.steps()
-                kept = f"the last good checkpoint is step {saved[-1]}" if saved else "there is no checkpoint yet"
-                raise TrainingError(
-                    f"step {step}: {bad[0]}={numbers[bad[0]]} on batch {step - 1} (seed {self.config.seed}); {kept}"
-                )
-            self.metrics.write(step, numbers)
+            self._record(step, numbers, f"on batch {step - 1} (seed {self.config.seed})")
         if self.pending:
             self.progress.show(numbers["loss"])
             self.metrics.show(self.step, {"tokens_per_second": self.progress.tokens_per_second})
@@ -295,11 +265,21 @@ class _Loop:
         self.metrics.flush()
 
     def _hold_out(self) -> None:
-        values = [self._evaluate(self.state["params"], batch) for batch in self.task.eval_data()]
-        means = jax.tree.map(lambda *numbers: float(jnp.mean(jnp.stack(numbers))), *values)
-        self.metrics.write(self.step, means)
+        values = jax.device_get([self._evaluate(self.state["params"], batch) for batch in self.held_out])
+        means = jax.tree.map(lambda *numbers: float(np.mean(numbers)), *values)
+        self._record(self.step, means, "on held-out data")
         self.metrics.flush()
         self.progress.note(f"step {self.step}: " + ", ".join(f"{name} {value:.4f}" for name, value in means.items()))
 
+    def _record(self, step: int, numbers: Mapping[str, float], where: str) -> None:
+        bad = [f"{name}={number}" for name, number in numbers.items() if not math.isfinite(number)]
+        if bad:
+            raise TrainingError(f"step {step}: {', '.join(bad)} {where}; {self.saved}")
+        self.metrics.write(step, numbers)
+
     def _save(self) -> None:
-        self.checkpoints.save(self.step, named_leaves(self.state), {"data": self.batches.get_state()})
+        self.metrics.sync()
+        try:
+            self.checkpoints.save(self.step, named_leaves(self.state), {"data": self.batches.get_state()})
+        except ValueError as error:
+            raise TrainingError(f"{error}; {self.saved}") from None

@@ -29,7 +29,8 @@ class Linear(nnx.Module):
     Args:
       in_features, out_features: sizes of the last axis before and after.
       use_bias: whether to add a bias, initially zero.
-      stddev: standard deviation of the initial kernel (truncated normal); default 1/sqrt(in_features).
+      stddev: standard deviation of the normal from which the initial kernel comes, cut at two of them; default
+        1/sqrt(in_features).
       dtype: dtype of the parameters. Computation happens in the dtype of the input.
       rngs: source of the initial parameters.
     """

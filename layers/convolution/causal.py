@@ -15,7 +15,8 @@ __all__ = ["InputCache", "TailCache", "long_convolution", "short_convolution"]
 def _delayed(x: Array, lag: int | Array) -> Array:
     """x with ``lag`` zeros before it, cut to its length; ``lag`` may be traced."""
     padded = jnp.concatenate([jnp.zeros_like(x), x], axis=1)
-    return jax.lax.dynamic_slice_in_dim(padded, x.shape[1] - lag, x.shape[1], axis=1)
+    start = jnp.maximum(x.shape[1] - lag, 0)  # a negative one would count from the end
+    return jax.lax.dynamic_slice_in_dim(padded, start, x.shape[1], axis=1)
 
 
 def _lag(u: Array, tap: Array, lag: int | Array, segment_ids: Array | None) -> Array:

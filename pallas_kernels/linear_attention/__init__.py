@@ -40,8 +40,8 @@ def linear_attention(
 
     Args:
       query, key, value: H is a multiple of G; query head h reads key head ``h // (H / G)``.
-      log_decay: None, ``H`` (fixed a head), ``B T H`` (per token) or ``B T H K`` (per token and key feature). Must not be
-        positive: a positive value in a concrete array raises, in a traced one it gives NaN.
+      log_decay: None, ``H`` (fixed a head), ``B T H`` (per token) or ``B T H K`` (per token and key feature). -inf forgets
+        everything. Must not be positive: a positive value in a concrete array raises, in a traced one it gives NaN.
       scale: factor of the output.
       initial_state: the state before the first token; default zeros.
       segment_ids: the state starts from zero wherever the id changes. The first segment continues ``initial_state``.
@@ -70,7 +70,8 @@ def linear_attention(
             raise ValueError(
                 f"log_decay: shape {list(log_decay.shape)} must be [{H}], [{B}, {T}, {H}] or [{B}, {T}, {H}, {K}]"
             )
-        log_decay = _non_positive(log_decay)
+        # -inf becomes the lowest finite number: sums of decays multiply them by zero.
+        log_decay = jnp.maximum(_non_positive(log_decay), jnp.finfo(log_decay.dtype).min)
     if initial_state is not None and initial_state.shape != (B, H, K, V):
         raise ValueError(f"initial_state: shape {list(initial_state.shape)} must be [{B}, {H}, {K}, {V}]")
     if segment_ids is not None and segment_ids.shape != (B, T):

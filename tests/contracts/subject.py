@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
 from manyheads.layers import MixerInfo, mixer_info, mixer_names
 
 BATCH, LENGTH, FEATURES = 4, 24, 16
@@ -65,24 +66,40 @@ def documents(rng: np.random.Generator) -> Int[np.ndarray, "B T"]:
 
 
 @jax.jit
-def forward(mixer: nnx.Module, x: Array, segment_ids: Array | None = None) -> Array:
-    """The parallel form."""
+def _forward(mixer, x, segment_ids):
     return mixer(x, segment_ids)
 
 
 @jax.jit
-def pull(
-    mixer: nnx.Module, x: Array, segment_ids: Array | None, cotangent: Array
-) -> tuple[Array, tuple[nnx.Module, Array]]:
-    """The output of the parallel form, and the gradients of ``sum(cotangent * output)`` by mixer and input."""
+def _pull(mixer, x, segment_ids, cotangent):
     y, pullback = jax.vjp(lambda mixer, x: mixer(x, segment_ids), mixer, x)
     return y, pullback(cotangent)
 
 
 @jax.jit
-def extend(mixer: nnx.Module, x: Array, state: Any, lengths: Array | None = None) -> tuple[Array, Any]:
-    """The next tokens."""
+def _extend(mixer, x, state, lengths):
     return mixer.extend(x, state, lengths)
+
+
+# Results come as NumPy arrays: slicing those compiles nothing.
+
+
+def forward(mixer: nnx.Module, x: Array, segment_ids: Array | None = None) -> np.ndarray:
+    """The output of the parallel form."""
+    return jax.device_get(_forward(mixer, x, segment_ids))
+
+
+def pull(
+    mixer: nnx.Module, x: Array, segment_ids: Array | None, cotangent: Array
+) -> tuple[np.ndarray, tuple[nnx.Module, np.ndarray]]:
+    """The output of the parallel form, and the gradients of ``sum(cotangent * output)`` by mixer and input."""
+    return jax.device_get(_pull(mixer, x, segment_ids, cotangent))
+
+
+def extend(mixer: nnx.Module, x: Array, state: Any, lengths: Array | None = None) -> tuple[np.ndarray, Any]:
+    """The output for the next tokens, and the state after them."""
+    y, state = _extend(mixer, x, state, lengths)
+    return jax.device_get(y), state
 
 
 def assert_close(actual: Any, desired: Any, tolerance: float, what: str) -> None:
@@ -90,7 +107,9 @@ def assert_close(actual: Any, desired: Any, tolerance: float, what: str) -> None
     pairs = jax.tree.map(lambda *arrays: [np.asarray(a, np.float64) for a in arrays], actual, desired)
     for path, (a, b) in jax.tree.flatten_with_path(pairs, is_leaf=lambda leaf: isinstance(leaf, list))[0]:
         error, scale = np.abs(a - b).max(initial=0), np.abs(b).max(initial=0)
-        assert error <= tolerance * scale, f"{what}{jax.tree_util.keystr(path)}: off by {error:.3g} at scale {scale:.3g}"
+        assert error <= tolerance * scale, (
+            f"{what}{jax.tree_util.keystr(path)}: off by {error:.3g} at scale {scale:.3g}"
+        )
 
 
 def rms(x: Array) -> float:

@@ -14,15 +14,15 @@ def test_a_sound_mixer_keeps_the_law(law, case, rng):
 
 
 @pytest.mark.parametrize(
-    ("law", "case"), [pytest.param(law, case, id=f"{law.__name__}-{case}") for case, law in BROKEN]
+    ("case", "law", "complaint"), [pytest.param(*row, id=f"{row[1].__name__}-{row[0]}") for row in BROKEN]
 )
-def test_a_broken_mixer_fails_the_law(law, case, rng):
-    with pytest.raises(AssertionError):
+def test_a_broken_mixer_fails_the_law(case, law, complaint, rng):
+    with pytest.raises(AssertionError, match=complaint):
         law(case, rng)
 
 
 def test_every_law_can_fail():
-    assert {law for _, law in BROKEN} == set(LAWS)
+    assert {law for _, law, _ in BROKEN} == set(LAWS)
 
 
 @pytest.mark.parametrize("case", SOUND, ids=str)
@@ -30,7 +30,7 @@ def test_a_true_registration_passes(case, rng):
     the_registration_is_true(case.info, rng)
 
 
-@pytest.mark.parametrize("case", UNTRUE, ids=lambda case: f"{case.info}")
-def test_an_untrue_registration_fails(case, rng):
-    with pytest.raises(AssertionError):
+@pytest.mark.parametrize(("case", "complaint"), UNTRUE, ids=[complaint for _, complaint in UNTRUE])
+def test_an_untrue_registration_fails(case, complaint, rng):
+    with pytest.raises(AssertionError, match=complaint):
         the_registration_is_true(case.info, rng)

@@ -3,6 +3,7 @@
 import pytest
 from contracts.laws import laws_of, the_registration_is_true
 from contracts.subject import CASES
+
 from manyheads.layers import mixer_info, mixer_names
 
 

@@ -10,6 +10,7 @@ from contracts.subject import Case
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
 from manyheads.layers import MixerInfo
 from manyheads.layers.basic import Linear
 
@@ -78,8 +79,8 @@ class ForgetsSegments(DecayedSum):
 
 class LeaksGradients(DecayedSum):
     def __call__(self, x, segment_ids=None):
-        loop = jnp.mean(x, axis=1, keepdims=True)  # no value, but a gradient
-        return super().__call__(x, segment_ids) + loop - jax.lax.stop_gradient(loop)
+        mean = jnp.mean(x, axis=1, keepdims=True)
+        return super().__call__(x, segment_ids) + mean - jax.lax.stop_gradient(mean)  # no value, but a gradient
 
 
 class IgnoresLengths(DecayedSum):
@@ -160,8 +161,8 @@ class ForgetsOtherShards(DecayedSum):
         if mesh.empty:
             return super().__call__(x, segment_ids)
         spec = PartitionSpec("data", "sequence")
-        here = jax.shard_map(lambda m, *a: DecayedSum.__call__(m, *a), in_specs=(PartitionSpec(), spec, spec), out_specs=spec)
-        return here(self, x, segment_ids)
+        local = jax.shard_map(DecayedSum.__call__, in_specs=(PartitionSpec(), spec, spec), out_specs=spec)
+        return local(self, x, segment_ids)
 
 
 def toy(constructor: type, **info) -> Case:
@@ -170,31 +171,31 @@ def toy(constructor: type, **info) -> Case:
 
 
 SOUND = [toy(DecayedSum), toy(SymmetricSum, causal=False, decodes=False)]
-BROKEN = [
-    (toy(ForgetsBetweenPieces), laws.pieces_equal_the_whole),
-    (toy(IgnoresLengths), laws.rows_advance_by_their_lengths),
-    (toy(WaitingRowsDecay), laws.rows_advance_by_their_lengths),
-    (toy(StateOfTheCapacity), laws.the_state_has_the_registered_size),
-    (toy(StateGrows), laws.the_state_has_the_registered_size),
-    (toy(StatePromotes), laws.the_state_has_the_registered_size),
-    (toy(LeaksTheFuture), laws.the_future_changes_nothing),
-    (toy(LeaksGradients), laws.the_future_changes_nothing),
-    (toy(SymmetricSum, decodes=False), laws.the_future_changes_nothing),
-    (toy(DecayedSum, causal=False, decodes=False), laws.the_future_changes_nothing),
-    (toy(ForgetsSegments), laws.documents_never_meet),
-    (toy(LeaksGradients), laws.documents_never_meet),
-    (toy(DeadParameter), laws.every_parameter_learns),
-    (toy(NanGradient), laws.every_parameter_learns),
-    (toy(HiddenVariable), laws.every_parameter_learns),
-    (toy(CountsItsTraces), laws.transformations_agree),
-    (toy(CentresTheBatch), laws.transformations_agree),
-    (toy(LosesPrecision), laws.bfloat16_is_precise),
-    (toy(ForgetsOtherShards), laws.sharding_changes_nothing),
+BROKEN = [  # a mixer, the law that it breaks, and the complaint
+    (toy(ForgetsBetweenPieces), laws.pieces_equal_the_whole, "pieces of"),
+    (toy(IgnoresLengths), laws.rows_advance_by_their_lengths, "row . with lengths"),
+    (toy(WaitingRowsDecay), laws.rows_advance_by_their_lengths, "row . with lengths"),
+    (toy(StateOfTheCapacity), laws.the_state_has_the_registered_size, "a fixed state of 256 bytes"),
+    (toy(StateGrows), laws.the_state_has_the_registered_size, "state float32"),
+    (toy(StatePromotes), laws.the_state_has_the_registered_size, "state bfloat16"),
+    (toy(LeaksTheFuture), laws.the_future_changes_nothing, "output up to"),
+    (toy(LeaksGradients), laws.the_future_changes_nothing, "gradient .* by inputs after"),
+    (toy(SymmetricSum, decodes=False), laws.the_future_changes_nothing, "output up to"),
+    (toy(DecayedSum, causal=False, decodes=False), laws.the_future_changes_nothing, "registered as acausal"),
+    (toy(ForgetsSegments), laws.documents_never_meet, "document of .* tokens"),
+    (toy(LeaksGradients), laws.documents_never_meet, "gradients by other documents"),
+    (toy(DeadParameter), laws.every_parameter_learns, ".gain is zero"),
+    (toy(NanGradient), laws.every_parameter_learns, "not finite"),
+    (toy(HiddenVariable), laws.every_parameter_learns, ".cache is a Variable"),
+    (toy(CountsItsTraces), laws.transformations_agree, "eager output"),
+    (toy(CentresTheBatch), laws.transformations_agree, "output of vmap"),
+    (toy(LosesPrecision), laws.bfloat16_is_precise, "that of the reference"),
+    (toy(ForgetsOtherShards), laws.sharding_changes_nothing, "sharded"),
 ]
-UNTRUE = [
-    toy(DecayedSum, decodes=False),
-    toy(SymmetricSum, causal=False),
-    toy(DecayedSum, causal=False),
-    toy(DecayedSum, state="capacity"),
-    toy(DecayedSum, paper="039"),
+UNTRUE = [  # a mixer whose registration lies, and the complaint
+    (toy(DecayedSum, decodes=False), "do not go together"),
+    (toy(SymmetricSum, causal=False), "do not go together"),
+    (toy(DecayedSum, causal=False), "an acausal mixer cannot decode"),
+    (toy(DecayedSum, state="capacity"), "the state grows under no option"),
+    (toy(DecayedSum, paper="039"), "title"),
 ]

@@ -1,78 +1,17 @@
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numerics
 import numpy as np
 import pytest
-from numerics import assert_accurate, assert_close, quick_jit
+from flex_cases import COLUMNS, ROWS, call, check, compiled, dense, draw, slopes
+from numerics import assert_accurate, assert_close, each
 
-from manyheads.pallas_kernels import BlockMask, create_block_mask, flex_attention, softmax_combine
-from manyheads.pallas_kernels.flex_attention import tuning
+from manyheads.pallas_kernels import BlockMask, create_block_mask, flex_attention
 from manyheads.pallas_kernels.masks import Causal, FirstKeys, SlidingWindow
 
-ROWS, COLUMNS = 8, 16
-
-
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch):
-    """Tiles so small that tiny inputs have many of them, whole and cut."""
-    monkeypatch.setattr(tuning, "XLA_BLOCK", (ROWS, COLUMNS))
-    monkeypatch.setattr(tuning, "XLA_SINGLE_TILE", ROWS * COLUMNS)
-    monkeypatch.setattr(tuning, "XLA_DECODE_QUERIES", 2)
-
-
-def draw(rng, *, B=2, T=19, S=37, H=4, G=2, K=5, V=3, dtype=jnp.float32, **extra):
-    """Arrays of a call and cotangents of its results; ``extra`` gives the shapes of bias, sinks and params."""
-    normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
-    arrays = {"query": normal(B, T, H, K), "key": normal(B, S, G, K), "value": normal(B, S, G, V)}
-    arrays |= {name: normal(*shape) for name, shape in extra.items()}
-    lse_dtype = jnp.promote_types(dtype, jnp.float32)
-    return arrays, (normal(B, T, H, V), normal(B, T, H).astype(lse_dtype))
-
-
-def call(arrays, implementation=None, **options):
-    """Output and log-sum-exp."""
-    arrays = dict(arrays)
-    inputs = [arrays.pop(name) for name in ("query", "key", "value")]
-    if "params" in arrays:
-        arrays["score_params"] = arrays.pop("params")
-    return flex_attention(*inputs, **arrays, return_lse=True, implementation=implementation, **options)
-
-
-def with_gradients(function, arrays, cotangents):
-    """Results of ``function(arrays) -> (out, lse)``, and the gradients of all arrays."""
-    (out, lse), pullback = jax.vjp(function, arrays)
-    (gradients,) = pullback(cotangents)
-    return {"out": out, "lse": lse, **{f"d {name}": gradient for name, gradient in gradients.items()}}
-
-
-def compiled(implementation, jit=quick_jit, **options):
-    """One jitted function of arrays and cotangents to results and gradients."""
-    return jit(functools.partial(with_gradients, functools.partial(call, implementation=implementation, **options)))
-
-
-def check(arrays, cotangents, allowed=True, score_mod=None, normalizer="softmax", scale=None, **options):
-    """The tiles keep the bar on everything; ``options`` and those by name are what ``flex_attention`` takes."""
-    options |= {"score_mod": score_mod, "normalizer": normalizer, "scale": scale}
-    got, reference = (
-        compiled(implementation, **options)(arrays, cotangents) for implementation in ("xla", "reference")
-    )
-    truth = numerics.attention(
-        arrays, cotangents, allowed=allowed, score_mod=score_mod, normalizer=normalizer, scale=scale
-    )
-    assert_accurate(got, reference, truth)
-    return got
-
-
-def dense(mask, B, H, T, S):
-    """A mask function of operators on all pairs at once."""
-    return np.asarray(mask(*np.ogrid[:B, :H, :T, :S]))
-
-
-def slopes(score, b, h, q, k, params):
-    return score + params[h] * (q - k)
+pytestmark = pytest.mark.usefixtures("small_tiles")
 
 
 def squash(score, b, h, q, k):
@@ -119,33 +58,29 @@ def test_random_shapes(name, rng):
         extra["sinks"] = (H,)
     if score_mod in (slopes, square):
         extra["params"] = (H,)
-    arrays, cotangents = draw(rng, B=B, T=T, S=S, H=H, G=G, K=K, V=V, **extra)
+    draws = draw(rng, B=B, T=T, S=S, H=H, G=G, K=K, V=V, **extra)
     if normalizer != "softmax" and bias_axes:
-        arrays["bias"] = jnp.square(arrays["bias"])  # weights are not negative
-    allowed = True if mask is None else dense(mask, B, H, T, S)
-    got = check(arrays, cotangents, allowed, score_mod, normalizer, mask=mask, scale=float(rng.uniform(0.2, 2)))
-    empty = ~np.broadcast_to(allowed, (B, H, T, S)).any(-1).swapaxes(1, 2)
-    assert not np.any(got["out"][empty]) and not np.any(got["d query"][empty])
+        for arrays, _ in draws:
+            arrays["bias"] = jnp.square(arrays["bias"])  # weights are not negative
+    allowed = np.broadcast_to(True if mask is None else dense(mask, B, H, T, S), (B, H, T, S))
+    options = {"score_mod": score_mod, "normalizer": normalizer, "scale": float(rng.uniform(0.2, 2))}
+    got = check(functools.partial(call, mask=mask, **options), draws, allowed=allowed, **options)
+    empty = ~allowed.any(-1).swapaxes(1, 2)
+    assert not np.any(got["out"][:, empty]) and not np.any(got["d query"][:, empty])
     if not sinks:
-        assert np.all(got["lse"][empty] == -np.inf)
+        assert np.all(got["lse"][:, empty] == -np.inf)
 
 
 @pytest.mark.parametrize("maps", [(1, 1), (2, 1), (1, 4), (2, 4)])
-def test_dynamic_blocks(maps, rng):
-    arrays, cotangents = draw(rng, bias=(2, 4, 19, 37))
+def test_blocks(maps, rng):
     block_map = rng.random((*maps, 3, 3)) < 0.5
     block_map[0, 0, 1] = False  # a row of blocks without keys
     mask_mod = [None, Causal(11), lambda b, h, q, k: (q + k + h + b) % 3 != 0][rng.integers(3)]
     allowed = block_map.repeat(ROWS, 2).repeat(COLUMNS, 3)[:, :, :19, :37]
     if mask_mod is not None:
         allowed = allowed & dense(mask_mod, 2, 4, 19, 37)
-
-    def run(implementation, block_map):
-        mask = BlockMask.from_blocks(block_map, (ROWS, COLUMNS), mask_mod)
-        return with_gradients(functools.partial(call, implementation=implementation, mask=mask), arrays, cotangents)
-
-    got, reference = (quick_jit(functools.partial(run, name))(block_map) for name in ("xla", "reference"))
-    assert_accurate(got, reference, numerics.attention(arrays, cotangents, allowed=allowed))
+    mask = BlockMask.from_blocks(block_map, (ROWS, COLUMNS), mask_mod)
+    check(functools.partial(call, mask=mask), draw(rng, bias=(2, 4, 19, 37)), allowed=allowed)
 
 
 @pytest.mark.parametrize("pair", [False, True], ids=["same", "pair"])
@@ -153,73 +88,73 @@ def test_segments(pair, rng):
     T, S = (23, 41) if pair else (37, 37)
     k_ids = np.sort(rng.integers(0, 6, (2, S)), axis=1)
     q_ids = rng.integers(0, 8, (2, T)) if pair else k_ids
-    arrays, cotangents = draw(rng, T=T, S=S)
-    allowed = dense(Causal(S - T), 2, 4, T, S) & (q_ids[:, None, :, None] == k_ids[:, None, None, :])
-    ids = tuple(map(jnp.asarray, (q_ids, k_ids)))
-    check(arrays, cotangents, allowed, mask=Causal(S - T), segment_ids=ids if pair else ids[0])
+    mask, ids = Causal(S - T), tuple(map(jnp.asarray, (q_ids, k_ids)))
+    allowed = dense(mask, 2, 4, T, S) & (q_ids[:, None, :, None] == k_ids[:, None, None, :])
+    run = functools.partial(call, mask=mask, segment_ids=ids if pair else ids[0])
+    check(run, draw(rng, T=T, S=S), allowed=allowed)
 
 
-@pytest.mark.parametrize("of", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-def test_an_offset_a_row(of, rng):
+def test_an_offset_a_row(rng):
     offset = rng.integers(-4, 30, 2)
-    arrays, cotangents = draw(rng)
-    mask = Causal(of(offset)) & SlidingWindow(7, of(offset))
-    allowed = [dense(Causal(n) & SlidingWindow(7, n), 1, 4, 19, 37) for n in offset]
-    check(arrays, cotangents, np.concatenate(allowed), mask=mask)
+    allowed = np.concatenate([dense(Causal(n) & SlidingWindow(7, n), 1, 4, 19, 37) for n in offset])
+    check(functools.partial(call, mask=Causal(offset) & SlidingWindow(7, offset)), draw(rng), allowed=allowed)
+
+
+HARD = Causal(20) & SlidingWindow(30, 20)
 
 
 @pytest.fixture(scope="module")
-def causal_pair():
+def hard_pair():
     """Both implementations with sinks and bias, compiled once for all hard scores."""
-    return [
-        compiled(name, jax.jit, mask=Causal(20) & SlidingWindow(30, 20), scale=1.0) for name in ("xla", "reference")
-    ]
+    return [compiled(functools.partial(call, mask=HARD, scale=1.0), name, jax.jit) for name in ("xla", "reference")]
 
 
 @pytest.mark.parametrize("scores", ["normal", "+-80", "80 against -80", "equal", "runs of equal", "minus infinity"])
-def test_hard_scores(scores, causal_pair, rng):
-    arrays, cotangents = draw(rng, bias=(1, 4, 19, 37), sinks=(4,))
-    if scores == "+-80":
-        arrays["bias"] = 80.0 * jnp.sign(arrays["bias"])
-    elif scores == "80 against -80":
-        arrays["key"] = arrays["key"].at[..., 0].set(80.0 * np.sign(rng.standard_normal((2, 37, 2))))
-        arrays["query"] = arrays["query"].at[..., 0].set(1.0)
-    elif scores == "equal":
-        arrays |= {name: jnp.zeros_like(arrays[name]) for name in ("query", "bias", "sinks")}
-    elif scores == "runs of equal":
-        arrays["key"] = arrays["key"].at[:, 5:34].set(arrays["key"][:, 5:6])
-        arrays["bias"] = jnp.round(arrays["bias"])
-    elif scores == "minus infinity":
-        arrays["bias"] = jnp.where(arrays["bias"] > 0, arrays["bias"], -jnp.inf).at[:, 0, 3].set(-jnp.inf)
-        arrays["sinks"] = arrays["sinks"].at[0].set(-jnp.inf)
-    xla, reference = causal_pair
-    allowed = dense(Causal(20) & SlidingWindow(30, 20), 2, 4, 19, 37)
-    truth = numerics.attention(arrays, cotangents, allowed=allowed, scale=1.0)
-    assert_accurate(xla(arrays, cotangents), reference(arrays, cotangents), truth)
+def test_hard_scores(scores, hard_pair, rng):
+    draws = draw(rng, bias=(1, 4, 19, 37), sinks=(4,))
+    for arrays, _ in draws:
+        if scores == "+-80":
+            arrays["bias"] = 80.0 * jnp.sign(arrays["bias"])
+        elif scores == "80 against -80":
+            arrays["key"] = arrays["key"].at[..., 0].set(80.0 * np.sign(rng.standard_normal((2, 37, 2))))
+            arrays["query"] = arrays["query"].at[..., 0].set(1.0)
+        elif scores == "equal":
+            arrays |= {name: jnp.zeros_like(arrays[name]) for name in ("query", "bias", "sinks")}
+        elif scores == "runs of equal":
+            arrays["key"] = arrays["key"].at[:, 5:34].set(arrays["key"][:, 5:6])
+            arrays["bias"] = jnp.round(arrays["bias"])
+        elif scores == "minus infinity":
+            arrays["bias"] = jnp.where(arrays["bias"] > 0, arrays["bias"], -jnp.inf).at[:, 0, 3].set(-jnp.inf)
+            arrays["sinks"] = arrays["sinks"].at[0].set(-jnp.inf)
+    definition = functools.partial(numerics.attention, allowed=dense(HARD, 2, 4, 19, 37), scale=1.0)
+    assert_accurate(*(each(function, draws) for function in (*hard_pair, definition)))
 
 
 @pytest.mark.parametrize("T, S", [(1, 1), (1, 200), (2, 150)])
 def test_few_queries(T, S, rng):
-    arrays, cotangents = draw(rng, T=T, S=S, sinks=(4,))
     offset = [S - T, S // 3]
     allowed = np.concatenate([dense(Causal(n), 1, 4, T, S) for n in offset])
-    check(arrays, cotangents, allowed, mask=Causal(jnp.array(offset)))
+    check(functools.partial(call, mask=Causal(jnp.array(offset))), draw(rng, T=T, S=S, sinks=(4,)), allowed=allowed)
 
 
 def test_bfloat16(rng):
-    arrays, cotangents = draw(rng, T=41, S=41, K=16, V=16, dtype=jnp.bfloat16, bias=(1, 4, 41, 41), params=(4,))
-    check(arrays, cotangents, dense(Causal(), 2, 4, 41, 41), slopes, mask=Causal())
+    T, mask = 41, Causal()
+    draws = draw(rng, T=T, S=T, K=16, V=16, dtype=jnp.bfloat16, bias=(1, 4, T, T), params=(4,))
+    run = functools.partial(call, mask=mask, score_mod=slopes)
+    check(run, draws, jax.jit, allowed=dense(mask, 2, 4, T, T), score_mod=slopes)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])
-def test_float64_stays_float64(implementation, rng):
+@pytest.mark.parametrize("masked", [False, True])
+def test_float64_stays_float64(masked, implementation, rng):
+    ids, allowed, options = rng.integers(0, 2, (2, 37)), True, {"score_mod": slopes}
+    if masked:
+        options |= {"mask": Causal(9), "segment_ids": (jnp.asarray(ids[:, :19]), jnp.asarray(ids))}
+        allowed = dense(Causal(9), 2, 4, 19, 37) & (ids[:, None, :19, None] == ids[:, None, None, :])
     with jax.enable_x64(True):
-        arrays, cotangents = draw(rng, dtype=jnp.float64, bias=(2, 1, 19, 37), sinks=(4,), params=(4,))
-        ids = rng.integers(0, 2, 2 * 37).reshape(2, 37)
-        segments = (jnp.asarray(ids[:, :19]), jnp.asarray(ids))
-        got = compiled(implementation, mask=Causal(9), score_mod=slopes, segment_ids=segments)(arrays, cotangents)
+        ((arrays, cotangents),) = draw(rng, n=1, dtype=jnp.float64, bias=(2, 1, 19, 37), sinks=(4,), params=(4,))
+        got = compiled(functools.partial(call, **options), implementation)(arrays, cotangents)
     assert {array.dtype for array in got.values()} == {np.dtype(np.float64)}
-    allowed = dense(Causal(9), 2, 4, 19, 37) & (ids[:, None, :19, None] == ids[:, None, None, :])
     assert_close(got, numerics.attention(arrays, cotangents, allowed=allowed, score_mod=slopes), 1e-13)
 
 
@@ -230,144 +165,11 @@ def test_score_functions_meet_real_pairs_only(rng):
         far = jnp.sqrt(18.0 - q) * jnp.sqrt(36.0 - k)
         return jnp.sqrt(score * score) + jnp.take(params, q) * far
 
-    arrays, cotangents = draw(rng, params=(19,))
-    xla, reference = (compiled(name, score_mod=score_mod)(arrays, cotangents) for name in ("xla", "reference"))
+    ((arrays, cotangents),) = draw(rng, n=1, params=(19,))
+    run = functools.partial(call, score_mod=score_mod)
+    xla, reference = (compiled(run, name)(arrays, cotangents) for name in ("xla", "reference"))
     for name in xla:
         np.testing.assert_allclose(xla[name], reference[name], rtol=1e-3, atol=1e-3)
-
-
-def test_score_parameters_are_any_pytree(rng):
-    arrays, cotangents = draw(rng)
-    parameters = {"slopes": arrays["query"][0, 0, :, 0], "steps": np.arange(4), "pair": (0.5, None)}
-
-    def loss(parameters, implementation):
-        def score_mod(score, b, h, q, k, p):
-            return score * p["pair"][0] + p["slopes"][h] * (q - k) * p["steps"][h]
-
-        out, lse = call(arrays, implementation, score_mod=score_mod, score_params=parameters)
-        return jnp.vdot(out, cotangents[0]) + jnp.vdot(lse, cotangents[1])
-
-    gradient = quick_jit(jax.grad(loss, allow_int=True), static_argnums=1)
-    got, expected = gradient(parameters, "xla"), gradient(parameters, "reference")
-    for x, y in zip((got["slopes"], got["pair"][0]), (expected["slopes"], expected["pair"][0])):
-        np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-4)
-    assert got["steps"].dtype == jax.dtypes.float0
-
-
-def test_gradients_of_arrays_that_a_score_function_closes_over(rng):
-    arrays, cotangents = draw(rng, params=(4,))
-
-    def closing(implementation, arrays):
-        arrays = dict(arrays)
-        params = arrays.pop("params")
-        return call(arrays, implementation, mask=Causal(9), score_mod=lambda *score: slopes(*score, params))
-
-    got, reference = (
-        quick_jit(functools.partial(with_gradients, functools.partial(closing, name)))(arrays, cotangents)
-        for name in ("xla", "reference")
-    )
-    truth = numerics.attention(arrays, cotangents, allowed=dense(Causal(9), 2, 4, 19, 37), score_mod=slopes)
-    assert_accurate(got, reference, truth)
-
-
-def test_a_function_with_new_contents_is_not_mistaken_for_the_old_one(rng):
-    arrays, _ = draw(rng)
-
-    def one(offset, implementation):
-        table = jnp.full(4, offset, jnp.float32)
-        mask, score_mod = lambda b, h, q, k: k <= q + offset, lambda s, b, h, q, k: s * table[h]
-        return call(arrays, implementation, mask=mask, score_mod=score_mod)[0]
-
-    for offset in (0, 5):
-        np.testing.assert_allclose(one(offset, "xla"), one(offset, "reference"), rtol=1e-5, atol=1e-5)
-
-
-def test_vmap(rng):
-    """Over everything, the offset of the mask and the block map included."""
-    drawn = [draw(rng, params=(4,)) for _ in range(3)]
-    offsets, maps = np.array([-3, 8, 30]), rng.random((3, 1, 1, 3, 3)) < 0.7
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *drawn)
-
-    def run(implementation, offset, block_map, arrays, cotangents):
-        mask = BlockMask.from_blocks(block_map, (ROWS, COLUMNS), Causal(offset))
-        function = functools.partial(call, implementation=implementation, mask=mask, score_mod=slopes)
-        return with_gradients(function, arrays, cotangents)
-
-    got, reference = (
-        quick_jit(jax.vmap(functools.partial(run, name)))(offsets, maps, *stacked) for name in ("xla", "reference")
-    )
-    for i, (arrays, cotangents) in enumerate(drawn):
-        allowed = maps[i].repeat(ROWS, 2).repeat(COLUMNS, 3)[:, :, :19, :37] & dense(Causal(offsets[i]), 2, 4, 19, 37)
-        truth = numerics.attention(arrays, cotangents, allowed=allowed, score_mod=slopes)
-        assert_accurate(*({name: x[i] for name, x in results.items()} for results in (got, reference)), truth)
-
-
-def test_queries_in_pieces_inside_scan_and_checkpoint(rng):
-    """A scan over pieces of the queries, each with the traced offset of its mask, is the whole."""
-    n, pieces = 11, 3
-    arrays, cotangents = draw(rng, T=n * pieces, S=n * pieces + 4, params=(4,))
-
-    def in_pieces(implementation, arrays):
-        query = jnp.moveaxis(arrays["query"].reshape(2, pieces, n, 4, 5), 1, 0)
-
-        @jax.checkpoint
-        def piece(offset, query):
-            params = arrays["params"]  # closed over, inside the scan and the checkpoint
-            inputs = {"query": query, "key": arrays["key"], "value": arrays["value"]}
-            mod = lambda s, b, h, q, k: slopes(s, b, h, q + offset, k, params)
-            return offset + n, call(
-                inputs, implementation, mask=Causal(offset) & SlidingWindow(20, offset), score_mod=mod
-            )
-
-        results = jax.lax.scan(piece, jnp.int32(0), query)[1]
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(2, n * pieces, *x.shape[3:]), results)
-
-    got, reference = (
-        quick_jit(functools.partial(with_gradients, functools.partial(in_pieces, name)))(arrays, cotangents)
-        for name in ("xla", "reference")
-    )
-    allowed = dense(Causal() & SlidingWindow(20), 2, 4, n * pieces, n * pieces + 4)
-    assert_accurate(got, reference, numerics.attention(arrays, cotangents, allowed=allowed, score_mod=slopes))
-
-
-def test_any_split_of_the_keys_is_the_whole(rng):
-    arrays, cotangents = draw(rng)
-    cuts = [0, *sorted(rng.choice(np.arange(1, 37), 3, replace=False)), 37]
-
-    def in_parts(arrays):
-        parts = []
-        for start, stop in itertools.pairwise(cuts):
-            part = {"query": arrays["query"], **{name: arrays[name][:, start:stop] for name in ("key", "value")}}
-            out, lse = call(part, "xla", mask=Causal(-int(start)))  # later parts have queries without keys
-            parts.append((lse, jnp.ones_like(lse), out))
-        order = np.random.default_rng(0).permutation(len(parts))
-        m, l, o = functools.reduce(softmax_combine, [parts[i] for i in order])
-        return o / l[..., None], m + jnp.log(l)
-
-    got = quick_jit(functools.partial(with_gradients, in_parts))(arrays, cotangents)
-    truth = numerics.attention(arrays, cotangents, allowed=dense(Causal(), 2, 4, 19, 37))
-    assert_close(got, truth, 3e-6)
-
-
-def test_softmax_combine_is_a_commutative_monoid(rng):
-    def part():
-        m = np.where(rng.random(50) < 0.2, -np.inf, rng.uniform(-100, 100, 50))
-        empty = m == -np.inf
-        return tuple(
-            jnp.asarray(x, jnp.float32)
-            for x in (m, np.where(empty, 0, rng.uniform(1, 9, 50)), np.where(empty, 0, rng.standard_normal((3, 50))).T)
-        )
-
-    a, b, c = part(), part(), part()
-    identity = (jnp.full(50, -jnp.inf), jnp.zeros(50), jnp.zeros((50, 3)))
-    for x, y in (
-        (softmax_combine(a, identity), a),
-        (softmax_combine(identity, a), a),
-        (softmax_combine(a, b), softmax_combine(b, a)),
-    ):
-        jax.tree.map(np.testing.assert_array_equal, x, y)
-    left, right = softmax_combine(softmax_combine(a, b), c), softmax_combine(a, softmax_combine(b, c))
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), left, right)
 
 
 Q, KEY, VALUE = jnp.ones((2, 6, 4, 3)), jnp.ones((2, 9, 2, 3)), jnp.ones((2, 9, 2, 5))
