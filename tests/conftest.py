@@ -1,4 +1,7 @@
-"""Eight virtual CPU devices, a persistent compilation cache, strict settings, and a fresh printed seed for every test."""
+"""Eight virtual CPU devices, a persistent compilation cache, strict settings, a fresh printed seed for every test.
+
+A test that is skipped fails the run, unless its reason is on the list below.
+"""
 
 import os
 import secrets
@@ -16,6 +19,32 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+# Reasons for which a test may be skipped: the beginning of the message, and why that is right.
+ALLOWED_SKIPS: dict[str, str] = {}
+
+_skipped: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember what was skipped, or expected to fail, for a reason that is not on the list."""
+    if report.skipped:
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else getattr(report, "wasxfail", "")
+        if not any(reason.removeprefix("Skipped: ").startswith(allowed) for allowed in ALLOWED_SKIPS):
+            _skipped.append(f"{report.nodeid}: {reason}")
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A skip that is not allowed fails the run."""
+    if _skipped and exitstatus == pytest.ExitCode.OK and not hasattr(session.config, "workerinput"):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which skips are not allowed."""
+    for line in _skipped:
+        terminalreporter.write_line(f"skipped without leave (tests/conftest.py): {line}", red=True)
 
 
 @pytest.fixture

@@ -17,49 +17,48 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 
 def _error(got: Any, truth: np.ndarray) -> float:
-    """Largest deviation from ``truth``, relative to its largest entry; infinite where one is not finite as the other.
+    """Largest deviation from ``truth`` relative to its largest entry, each the mean over draws, which the first axis counts.
 
-    Entries so small that they underflow count as if the largest were just big enough not to.
+    Infinite where one is not finite as the other. Entries so small that they underflow count as if they just did not.
     """
-    limits = jnp.finfo(got.dtype)
+    limits, finite = jnp.finfo(got.dtype), np.isfinite(truth)
     got = np.asarray(got).astype(np.float64)
-    finite = np.isfinite(truth)
     if (
         got.shape != truth.shape
         or not np.array_equal(got[~finite], truth[~finite])
         or not np.isfinite(got[finite]).all()
     ):
         return np.inf
-    deviation, size = (np.max(np.abs(x[finite]), initial=0.0) for x in (got - np.where(finite, truth, 0), truth))
+    got, truth = (np.where(finite, x, 0).reshape(len(x), -1) for x in (got, truth))
+    deviation, size = (np.abs(x).max(axis=1).mean() for x in (got - truth, truth))
     return deviation / max(size, float(limits.tiny) / float(limits.eps))
 
 
 def assert_accurate(got: Arrays, reference: Arrays, truth: Arrays) -> None:
     """Each of ``got`` is off the float64 ``truth`` at most twice as much as ``reference``, of the same dtype, is.
 
-    Errors are in the maximum norm, relative to the largest entry. A few units in the last place are free; of bfloat16, in
-    which results are stored but not computed, one.
+    The first axis of all counts draws: errors are in the maximum norm, and their mean over draws is compared. Two units
+    in the last place are free; of bfloat16, in which results are stored but not computed, half a one.
     """
     assert set(got) == set(reference) == set(truth)
     for name in truth:
         dtype = got[name].dtype
         assert dtype == reference[name].dtype, f"{name}: {dtype} is not {reference[name].dtype}"
         error, bar = _error(got[name], truth[name]), _error(reference[name], truth[name])
-        free = (1 if dtype == jnp.bfloat16 else 4) * float(jnp.finfo(dtype).eps)
+        free = (0.5 if dtype == jnp.bfloat16 else 2) * float(jnp.finfo(dtype).eps)
         assert error <= 2 * bar + free, f"{name}: error {error:.2e} against float64, the reference has {bar:.2e}"
 
 
-def assert_close(got: Arrays, truth: Arrays, error: float) -> None:
-    """Each of ``got`` is off ``truth`` at most ``error``, relative to the largest entry."""
+def assert_close(got: Arrays, truth: Arrays, limit: float) -> None:
+    """Each of ``got`` is off ``truth`` at most ``limit`` in the maximum norm, relative to the largest entry."""
     assert set(got) == set(truth)
     for name in truth:
-        assert _error(got[name], truth[name]) <= error, (
-            f"{name}: error {_error(got[name], truth[name]):.2e} > {error:.2e}"
-        )
+        error = _error(got[name][None], truth[name][None])
+        assert error <= limit, f"{name}: error {error:.2e} > {limit:.2e}"
 
 
 def each(function: Callable[..., Arrays], draws: Iterable[tuple[Any, ...]]) -> dict[str, np.ndarray]:
-    """What ``function`` makes of every draw, stacked: over several draws, errors compare without luck."""
+    """What ``function`` makes of every draw, stacked."""
     results = [function(*draw) for draw in draws]
     return {name: np.stack([np.asarray(result[name]) for result in results]) for name in results[0]}
 

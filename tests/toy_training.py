@@ -4,6 +4,7 @@
 arguments and errors.
 """
 
+import importlib
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields
@@ -87,11 +88,12 @@ def train_toy(out: Path, **settings) -> Result:
     return train(run.task(), trainer, run.optimizer, out, asdict(run))
 
 
-if __name__ == "__main__":
-    sys.modules["torch"] = None  # tensorboardX imports it if it is there, which takes longer than the run
-    import manyheads.experiments.training.tensorboard  # noqa: F401
-
+if "torch" not in sys.modules:  # tensorboardX imports it if it is there, which takes longer than a run
+    sys.modules["torch"] = None
+    importlib.import_module("manyheads.experiments.training.tensorboard")
     del sys.modules["torch"]
+
+if __name__ == "__main__":
     from manyheads.experiments import cli
     from manyheads.experiments.commands import train as command
 

@@ -132,6 +132,18 @@ class DecoderState:
     rest: tuple[Any, ...]
     length: Int[Array, "B"]
 
+    def unrolled(self) -> "DecoderState":
+        """The same state for ``Decoder.unrolled()``."""
+        if self.repeats is None:
+            return self
+        return DecoderState(None, (*_unstack(self.repeats), *self.rest), self.length)
+
+
+def _unstack(repeats: Any) -> list[Any]:
+    """What is stacked over the repeats (blocks, or their states), layer by layer."""
+    count = len(jax.tree.leaves(repeats)[0])
+    return [layer for i in range(count) for layer in jax.tree.map(lambda x: x[i], repeats)]  # noqa: B023
+
 
 class Block(nnx.Module):
     """One layer: mixer and feed-forward layer, each behind a norm and around a residual.
@@ -288,8 +300,7 @@ class Decoder(nnx.Module):
         """The same model with every layer apart: decoding one token streams separate weights fastest."""
         if not hasattr(self, "repeats"):
             return self
-        count = len(self.config.layers) // self.config.period
-        blocks = [block for i in range(count) for block in jax.tree.map(lambda p: p[i], self.repeats)]  # noqa: B023
+        blocks = _unstack(self.repeats)
         model = nnx.clone(self)
         del model.repeats
         model.rest = nnx.List([*blocks, *self.rest])

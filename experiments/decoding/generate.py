@@ -102,7 +102,7 @@ def _prefill(
     batch = len(prompts)
     logits, state = model.extend(prompts, model.init_state(batch, capacity), lengths, last_only=True)
     empty = _Progress(
-        state=_unrolled(state),
+        state=state.unrolled(),
         last=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, capacity), PADDING, jnp.int32),
         lengths=jnp.zeros(batch, jnp.int32),
@@ -110,15 +110,6 @@ def _prefill(
         step=jnp.zeros((), jnp.int32),
     )
     return empty.accept(logits[:, 0], rule)
-
-
-def _unrolled(state: DecoderState) -> DecoderState:
-    """The state of ``model.unrolled()``, from that of the model."""
-    if state.repeats is None:
-        return state
-    count = len(jax.tree.leaves(state.repeats)[0])
-    layers = [jax.tree.map(lambda x: x[i], layer) for i in range(count) for layer in state.repeats]  # noqa: B023
-    return DecoderState(None, (*layers, *state.rest), state.length)
 
 
 @functools.partial(jax.jit, donate_argnames="progress")

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from manyheads.pallas_kernels.flex_attention import tuning
 from manyheads.pallas_kernels.flex_attention.scores import FlexSpec, allowed_pairs, modified_scores, softmax_combine
 
 Operands = dict[str, Any]
@@ -32,6 +33,7 @@ class _Tiles:
     q_len: int
     kv_len: int
     maps: tuple[int, int]  # rows and heads of the block map: each has its own list of active tiles
+    key_axes: str  # order of the axes of keys and values: "bkg." or "bgk."
 
     @property
     def n_q(self) -> int:
@@ -97,21 +99,29 @@ def _pad(array: Array, axis: int, multiple: int, **how: Any) -> Array:
     return jnp.pad(array, [(0, short if a == axis else 0) for a in range(array.ndim)], **how)
 
 
+def _in_order(array: Array, tiles: _Tiles, other: str = "bkg.") -> Array:
+    """Keys or values from axes in the order ``other`` to that of the tiles, or back."""
+    return array if tiles.key_axes == other else jnp.swapaxes(array, 1, 2)
+
+
 def _layout(spec: FlexSpec, operands: Operands) -> tuple[_Tiles, Operands]:
     """The operands padded to whole blocks, with query heads as ``G R``.
 
-    Heads stay behind tokens: they move to the front tile by tile, inside the cache. Padding repeats the last query and
-    the last key, here and in ``_scores``, so that a score function meets real pairs only.
+    Heads stay behind tokens: they move to the front tile by tile, inside the processor's cache. Except those of keys and
+    values where few queries read many keys: the caches of decoding hold heads first, and a view of them moved back is free.
+    Padding repeats the last query and the last key, here and in ``_scores``, so that a score function meets real pairs only.
     """
     query, key = operands["query"], operands["key"]
     (B, T, H, K), (S, G) = query.shape, key.shape[1:3]
     rows, columns = spec.block_size
     block_map = operands["block_map"]
-    tiles = _Tiles(spec, B, G, H // G, T, S, (1, 1) if block_map is None else block_map.shape[:2])
+    maps = (1, 1) if block_map is None else block_map.shape[:2]
+    key_axes = "bgk." if T <= tuning.XLA_DECODE_QUERIES else "bkg."
+    tiles = _Tiles(spec, B, G, H // G, T, S, maps, key_axes)
     arranged = dict(operands)
     arranged["query"] = _pad(query.reshape(B, T, G, H // G, K), 1, rows, mode="edge")
-    arranged["key"] = _pad(key, 1, columns, mode="edge")
-    arranged["value"] = _pad(operands["value"], 1, columns)
+    arranged["key"] = _pad(_in_order(key, tiles), key_axes.index("k"), columns, mode="edge")
+    arranged["value"] = _pad(_in_order(operands["value"], tiles), key_axes.index("k"), columns)
     if operands["bias"] is not None:
         bias = _pad(operands["bias"], 3, columns)
         bias = bias if bias.shape[2] == 1 else _pad(bias, 2, rows)
@@ -130,7 +140,7 @@ def _tile_inputs(tiles: _Tiles, x: Operands, at: dict[str, Array]) -> tuple[Arra
     b, g, r = tiles.local
     q = _heads_first(_slice(x["query"], "bqgr.", at, size))
     q = q.reshape(b, g, r * size["q"], q.shape[-1])
-    k, v = (jnp.swapaxes(_slice(x[name], "bkg.", at, size), 1, 2) for name in ("key", "value"))
+    k, v = (_in_order(_slice(x[name], tiles.key_axes, at, size), tiles, "bgk.") for name in ("key", "value"))
     bias = None if x["bias"] is None else _slice(x["bias"], "bgrqk", at, size)
     segments = x["segments"]
     if segments is not None:
@@ -225,8 +235,8 @@ def _backward_tile(
     dk = jnp.einsum("bgqs,bgqk->bgsk", draw, q, preferred_element_type=dtype)
     dq = dq + jnp.einsum("bgqs,bgsk->bgqk", draw, k, preferred_element_type=dtype).reshape(dq.shape)
     grads = dict(grads)
-    grads["key"] = _add(grads["key"], jnp.swapaxes(dk, 1, 2), "bkg.", at)
-    grads["value"] = _add(grads["value"], jnp.swapaxes(dv, 1, 2), "bkg.", at)
+    grads["key"] = _add(grads["key"], _in_order(dk, tiles, "bgk."), tiles.key_axes, at)
+    grads["value"] = _add(grads["value"], _in_order(dv, tiles, "bgk."), tiles.key_axes, at)
     grads["params"] = jax.tree.map(
         lambda total, part: total + part if _has_gradient(total) else total, grads["params"], dparams
     )
@@ -339,7 +349,7 @@ def _backward(spec: FlexSpec, residuals: Any, cotangents: tuple[Array, Array]) -
     result: Operands = dict.fromkeys(operands)
     result["query"] = _assemble(tiles, dq)
     for name in ("key", "value"):
-        result[name] = grads[name][:, : tiles.kv_len]
+        result[name] = _in_order(grads[name], tiles)[:, : tiles.kv_len]
     if operands["bias"] is not None:
         shape = operands["bias"].shape
         bias = grads["bias"].reshape(shape[0], shape[1], *grads["bias"].shape[3:])

@@ -11,7 +11,7 @@ from numerics import assert_accurate, assert_close, each, quick_jit
 from manyheads.pallas_kernels import gather_attention
 
 
-def draw(rng, *, n=6, B=2, T=7, S=23, H=4, G=2, K=5, V=3, M=9, dtype=jnp.float32):
+def draw(rng, *, n=12, B=2, T=7, S=23, H=4, G=2, K=5, V=3, M=9, dtype=jnp.float32):
     """n times arrays and the cotangent of the output; then indices, repeated ones too, and valid, with empty rows."""
     normal = lambda *shape: jnp.asarray(rng.standard_normal(shape), dtype)
     shapes = {"query": (B, T, H, K), "key": (B, S, G, K), "value": (B, S, G, V)}

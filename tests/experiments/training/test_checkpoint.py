@@ -214,7 +214,7 @@ def test_nothing_is_lost_if_none_can_be_read(tmp_path, two, rng):
 
 @pytest.mark.parametrize("wrong", ["name", "shape"])
 def test_arrays_of_another_model_are_told_apart(two, wrong):
-    folder, saved = two
+    folder, _ = two
     like = {"float32": jnp.zeros((5, 4))} if wrong == "shape" else {"another": jnp.zeros(3)}
     expected = r"float32 is float32 \(4, 5\), not float32 \(5, 4\)" if wrong == "shape" else "it has no array another"
     with pytest.raises(ValueError, match=expected):
@@ -240,7 +240,7 @@ def test_leftovers_of_kills_are_in_nobodys_way(tmp_path, two, rng):
 
 def test_folder_that_cannot_be_written_is_an_error(tmp_path, arrays):
     (tmp_path / "c").write_text("a file")
-    with pytest.raises(OSError, match="no checkpoint of step 1 could be written: ."):
+    with pytest.raises(OSError, match=r"no checkpoint of step 1 could be written: ."):
         Checkpoints(tmp_path / "c").save(1, arrays, {})
 
 
@@ -250,7 +250,7 @@ def test_full_disk_leaves_the_checkpoints_before(tmp_path, two, monkeypatch):
     before, checkpoints = tree(tmp_path), Checkpoints(tmp_path / "c")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
-    with pytest.raises(OSError, match="no checkpoint of step 3 .*No space left on device.*1,048,576 bytes are free"):
+    with pytest.raises(OSError, match=r"no checkpoint of step 3 .*No space left on device.*1,048,576 bytes are free"):
         checkpoints.save(3, saved[1], {})
     monkeypatch.undo()
     assert tree(tmp_path) == before
