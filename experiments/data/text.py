@@ -14,6 +14,7 @@ from typing import Literal
 import grain
 import numpy as np
 from jaxtyping import Int
+
 from manyheads.experiments.data.batching import Batch, fixed_batches, shuffled_indices
 from manyheads.experiments.data.shakespeare import load_shakespeare, split_works
 from manyheads.experiments.data.text_files import load_text_folder

@@ -6,10 +6,12 @@ same parameters and the same ``metrics.jsonl`` as one that ran through. The fold
 shows.
 """
 
+import contextlib
+import fcntl
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from manyheads.experiments.training.progress import Progress
 from manyheads.experiments.training.signals import stop_signals
 from manyheads.experiments.training.task import Task
 
-__all__ = ["Result", "TrainerConfig", "TrainingError", "load_description", "restore_model", "train"]
+__all__ = ["Result", "TrainerConfig", "TrainingError", "load_description", "make_update", "restore_model", "train"]
 
 logger = logging.getLogger("manyheads")
 
@@ -106,13 +108,13 @@ def train(
     loop = _Loop(task, config, optimizer, out)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        write_json(out / "config.json", description)
-        with stop_signals() as stopping:
+        with _alone_in(out), stop_signals() as stopping:
+            write_json(out / "config.json", description)
             loop.run(stopping)
+            if loop.finished and not (out / "summary.json").exists():
+                loop.finish()
         if not loop.finished:
             logger.warning("stopped at step %d of %d and saved; the same command continues", loop.step, config.steps)
-        elif not (out / "summary.json").exists():
-            loop.finish()
     except OSError as error:
         raise OSError(f"out={str(out)!r}: {error}; {loop.saved}") from error
     evals = [line for line in read_metrics(out) if "eval_loss" in line]
@@ -145,6 +147,8 @@ def _check_same_run(out: Path, description: Mapping[str, Any]) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field}={value} must be finite")
     if not (out / "config.json").is_file():
+        if Checkpoints(out / "checkpoints").steps():
+            raise ValueError(f"out={str(out)!r} holds checkpoints, but config.json is missing: choose another folder")
         return
     before = _flatten(load_description(out))
     for field in sorted(before.keys() | now.keys()):
@@ -153,6 +157,39 @@ def _check_same_run(out: Path, description: Mapping[str, Any]) -> None:
                 f"out={str(out)!r} holds a run with {field}={before.get(field)!r}, not {now.get(field)!r}: "
                 "continue it with its own settings, or choose another folder"
             )
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Hold the lock of a run's folder; ValueError if another process has it. It goes with the process that holds it."""
+    with (out / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"out={str(out)!r}: another process is training here") from None
+        yield
+
+
+def make_update(
+    task: Task, model: nnx.Module, config: OptimizerConfig, steps: int
+) -> tuple[dict[str, Any], Callable[..., tuple[dict[str, Any], dict[str, jax.Array]]]]:
+    """The first state of a run, and ``update(state, step, batch) -> (state, metrics)``, pure, to be jitted.
+
+    The state holds the ``nnx.Param`` of the model under "params", and the optimizer's under "optimizer".
+    """
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    transform, rate = make_optimizer(config, steps), learning_rate(config, steps)
+
+    def loss(params: nnx.State, batch: Any) -> Any:
+        return task.loss(nnx.merge(graph, params, rest), batch)
+
+    def update(state: dict[str, Any], step: jax.Array, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+        (value, extra), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
+        updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
+        values = {"loss": value, **extra, "grad_norm": optax.tree.norm(grads), "learning_rate": rate(step)}
+        return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, values
+
+    return {"params": params, "optimizer": transform.init(params)}, update
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -167,9 +204,9 @@ class _Loop:
     def __init__(self, task: Task, config: TrainerConfig, optimizer: OptimizerConfig, out: Path):
         self.task, self.config, self.out = task, config, out
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
-        self.graph, params, self.rest = nnx.split(task.init_model(nnx.Rngs(config.seed)), nnx.Param, ...)
-        transform = make_optimizer(optimizer, config.steps)
-        self.state = {"params": params, "optimizer": transform.init(params)}
+        model = task.init_model(nnx.Rngs(config.seed))
+        self.graph, params, self.rest = nnx.split(model, nnx.Param, ...)
+        self.state, update = make_update(task, model, optimizer, config.steps)
         self.step, note = 0, {}
         found = self.checkpoints.restore(named_leaves(self.state))
         if found is not None:
@@ -180,19 +217,9 @@ class _Loop:
         if "data" in note:
             self.batches.set_state(note["data"])
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
-        rate = learning_rate(optimizer, config.steps)
-
-        def loss(params: nnx.State, batch: Any) -> Any:
-            return task.loss(nnx.merge(self.graph, params, self.rest), batch)
-
-        def update(state: dict[str, Any], step: jax.Array, batch: Any) -> tuple[dict[str, Any], dict[str, jax.Array]]:
-            (value, extra), grads = jax.value_and_grad(loss, has_aux=True)(state["params"], batch)
-            updates, optimizer = transform.update(grads, state["optimizer"], state["params"])
-            values = {"loss": value, **extra, "grad_norm": optax.tree.norm(grads), "learning_rate": rate(step)}
-            return {"params": optax.apply_updates(state["params"], updates), "optimizer": optimizer}, values
 
         def evaluate(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
-            value, extra = loss(params, batch)
+            value, extra = task.loss(nnx.merge(self.graph, params, self.rest), batch)
             return {"eval_loss": value, **{f"eval_{name}": number for name, number in extra.items()}}
 
         self._update = jax.jit(update, donate_argnums=0)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from mask_cases import ROWS, pairs, random_mask
+from numerics import quick_jit
 
 from manyheads.pallas_kernels import BlockMask, create_block_mask
 from manyheads.pallas_kernels.block_mask import evaluate_mask
@@ -18,6 +19,17 @@ def sizes(rng):
     T, S, rows, columns = (int(rng.integers(1, n)) for n in (40, 60, 12, 18))
     print(f"{T=} {S=} {rows=} {columns=}")
     return T, S, (rows, columns)
+
+
+@quick_jit
+def parts(mask):
+    """The map and the pairs of a block mask."""
+    return mask.block_map, mask.to_dense()
+
+
+def create(*args):
+    """``create_block_mask``, compiled as a whole."""
+    return quick_jit(functools.partial(create_block_mask, *args))()
 
 
 def blocks(dense, block_size):
@@ -42,10 +54,10 @@ PLAIN = {
 def test_a_plain_function_gives_its_blocks(name, rng):
     T, S, block_size = sizes(rng)
     dense = np.broadcast_to(PLAIN[name](*np.ogrid[:ROWS, :HEADS, :T, :S]), (ROWS, HEADS, T, S))
-    mask = create_block_mask(PLAIN[name], ROWS, HEADS, T, S, block_size)
+    mask = create(PLAIN[name], ROWS, HEADS, T, S, block_size)
     expected = blocks(dense, block_size)
-    np.testing.assert_array_equal(mask.block_map, expected)
-    np.testing.assert_array_equal(mask.to_dense(), dense)
+    for got, wanted in zip(parts(mask), (expected, dense)):
+        np.testing.assert_array_equal(got, wanted)
     assert mask.shape == (ROWS, HEADS, T, S)
     np.testing.assert_allclose(mask.density(), expected.mean(), rtol=1e-6)
 
@@ -54,7 +66,7 @@ def test_closed_over_arrays_decide(rng):
     T, S, block_size = sizes(rng)
     documents = np.sort(rng.integers(0, 4, max(T, S)))
     table = jnp.asarray(documents)
-    mask = create_block_mask(lambda b, h, q, k: table[q] == table[k], None, None, T, S, block_size)
+    mask = create(lambda b, h, q, k: table[q] == table[k], None, None, T, S, block_size)
     dense = (documents[:T, None] == documents[None, :S])[None, None]
     np.testing.assert_array_equal(mask.block_map, blocks(dense, block_size))
 
@@ -76,24 +88,25 @@ def test_closed_over_arrays_decide(rng):
 )
 def test_causal_and_window_masks_are_tight(mask_mod, rng):
     T, S, block_size = sizes(rng)
-    mask = create_block_mask(mask_mod, None, None, T, S, block_size)
+    mask = create(mask_mod, None, None, T, S, block_size)
     dense = pairs(mask_mod, 0, (0, T - 1), (0, S - 1))[None, None]
-    np.testing.assert_array_equal(mask.block_map, blocks(dense, block_size))
-    np.testing.assert_array_equal(mask.to_dense(), dense)
+    for got, wanted in zip(parts(mask), (blocks(dense, block_size), dense)):
+        np.testing.assert_array_equal(got, wanted)
 
 
 def test_no_structured_mask_drops_a_pair(rng):
     for T, S, block_size in ((29, 44, (8, 16)), (64, 64, (16, 16)), (5, 50, (1, 7))):
         for _ in range(4):
             mask_mod = random_mask(rng)
-            mask = create_block_mask(mask_mod, ROWS, HEADS, T, S, block_size)
+            build = functools.partial(create_block_mask, mask_mod, ROWS, HEADS, T, S, block_size)
+            block_map = quick_jit(lambda build=build: build().block_map)()
             dense = np.stack([pairs(mask_mod, b, (0, T - 1), (0, S - 1)) for b in range(ROWS)])[:, None]
-            assert not np.any(blocks(dense, block_size) & ~np.asarray(mask.block_map)), mask_mod
+            assert not np.any(blocks(dense, block_size) & ~np.asarray(block_map)), mask_mod
 
 
 def test_a_structured_mask_costs_its_blocks():
     """10^12 pairs, which nothing looks at."""
-    mask = create_block_mask(Causal() & SlidingWindow(10_000), None, None, 10**6, 10**6, (5_000, 5_000))
+    mask = create(Causal() & SlidingWindow(10_000), None, None, 10**6, 10**6, (5_000, 5_000))
     q, k = np.ogrid[:200, :200]
     np.testing.assert_array_equal(mask.block_map[0, 0], (k <= q) & (q - k <= 2))
 

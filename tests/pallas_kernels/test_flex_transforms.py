@@ -45,7 +45,7 @@ def test_gradients_of_arrays_that_a_score_function_closes_over(rng):
 
 
 def test_a_function_with_new_contents_is_not_mistaken_for_the_old_one(rng):
-    ((arrays, _),) = draw(rng, n=1)
+    ((arrays, _),) = draw(rng, n=1, T=4, S=6)
 
     def one(offset, implementation):
         table = jnp.full(4, offset, jnp.float32)

@@ -14,9 +14,10 @@ FORMS = {"none": None, "head": "H", "token": "BTH", "feature": "BTHK"}
 
 
 def decays(rng, shape):
-    """Logarithms of decays per step: forget nearly everything, nearly nothing, or anything between, mixed."""
-    middle = rng.uniform(0.05, 0.95, shape)
-    return np.log(np.choose(rng.integers(0, 3, shape), [np.full(shape, 1e-6), np.full(shape, 1 - 1e-6), middle]))
+    """Logarithms of decays per step: forget everything, or nearly, or nearly nothing, or anything between, mixed."""
+    choices = [np.zeros(shape), np.full(shape, 1e-6), np.full(shape, 1 - 1e-6), rng.uniform(0.05, 0.95, shape)]
+    with np.errstate(divide="ignore"):
+        return np.log(np.choose(rng.choice(4, shape, p=(0.1, 0.3, 0.3, 0.3)), choices))
 
 
 def draw(rng, *, n=12, B=2, T=19, H=4, G=2, K=5, V=3, dtype=jnp.float32, form="token", initial_state=True):
@@ -83,25 +84,16 @@ def test_one_token(form, rng):
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16(form, rng):
     draws = draw(rng, T=41, K=8, V=8, dtype=jnp.bfloat16, form=form)
-    check(functools.partial(call, chunk_size=16), draws, jax.jit)
+    check(functools.partial(call, chunk_size=16), draws)
 
 
 def test_many_extreme_decays(rng):
     check(call, draw(rng, T=150), jax.jit)
 
 
-@pytest.mark.parametrize("form", ["head", "token", "feature"])
-def test_a_decay_to_zero_is_a_reset(form, rng):
-    draws = draw(rng, n=2, T=30, form=form)
-    for arrays, _ in draws:
-        arrays["log_decay"] = jnp.where(arrays["log_decay"] < -10, -jnp.inf, arrays["log_decay"])
-    check(functools.partial(call, chunk_size=8), draws)
-
-
 @pytest.mark.parametrize(
     "form, implementation, chunk_size",
-    [(form, "xla", 7) for form in FORMS]
-    + [("token", "xla", 1), ("token", "xla", 30), ("head", "reference", None), ("feature", "reference", None)],
+    [(form, "xla", 7) for form in FORMS] + [("token", "xla", 1), ("token", "xla", 30), ("feature", "reference", None)],
 )
 def test_any_chunk_size_in_float64(form, implementation, chunk_size, rng):
     ids = segments(rng, 2, 30)
