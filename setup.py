@@ -4,4 +4,8 @@ from setuptools import find_packages, setup
 
 FLOORS = ("layers", "architectures", "pallas_kernels", "experiments", "tpu")
 
-setup(packages=[f"manyheads.{name}" for floor in FLOORS for name in (floor, *(f"{floor}.{p}" for p in find_packages(floor)))])
+setup(
+    packages=[
+        f"manyheads.{name}" for floor in FLOORS for name in (floor, *(f"{floor}.{p}" for p in find_packages(floor)))
+    ]
+)

@@ -12,8 +12,10 @@ __all__ = ["assert_accurate", "assert_close", "attention", "each", "linear_atten
 
 Arrays = Mapping[str, Any]
 
-# The same HLO, turned into machine code without optimisation: half the time to compile, for functions that run once.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+# For functions that run once: machine code without optimisation, by the emitter that is fastest to compile.
+quick_jit = functools.partial(
+    jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+)
 
 
 def _error(got: Any, truth: np.ndarray) -> float:

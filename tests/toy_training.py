@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from manyheads.experiments.benchmarks.kill_resume import final_arrays
 from manyheads.experiments.record import write_text
 from manyheads.experiments.training.optimizer import OptimizerConfig
 from manyheads.experiments.training.trainer import Result, TrainerConfig, train
@@ -85,7 +86,12 @@ def train_toy(out: Path, **settings) -> Result:
     """Train in this process; the settings are those of ``ToyRun``."""
     run = ToyRun(out=str(out), **settings)
     trainer = TrainerConfig(**{f.name: getattr(run, f.name) for f in fields(TrainerConfig)})
-    return train(run.task(), trainer, run.optimizer, out, asdict(run))
+    return train(run.task(), trainer, run.optimizer, out, {"task": "toy", **asdict(run)})
+
+
+def outcome(out: Path) -> tuple[bytes, dict[str, bytes]]:
+    """What is the same in every repetition of a run, byte for byte: its metrics and its last checkpoint."""
+    return (out / "metrics.jsonl").read_bytes(), {name: array.tobytes() for name, array in final_arrays(out).items()}
 
 
 if "torch" not in sys.modules:  # tensorboardX imports it if it is there, which takes longer than a run

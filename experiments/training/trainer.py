@@ -109,6 +109,7 @@ def train(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone_in(out), stop_signals() as stopping:
+            loop.restore()
             write_json(out / "config.json", description)
             loop.run(stopping)
             if loop.finished and not (out / "summary.json").exists():
@@ -207,15 +208,9 @@ class _Loop:
         model = task.init_model(nnx.Rngs(config.seed))
         self.graph, params, self.rest = nnx.split(model, nnx.Param, ...)
         self.state, update = make_update(task, model, optimizer, config.steps)
-        self.step, note = 0, {}
-        found = self.checkpoints.restore(named_leaves(self.state))
-        if found is not None:
-            self.step, arrays, note = found
-            self.state = with_leaves(self.state, arrays)
+        self.step = 0
         data, self.held_out = task.train_data(), task.eval_data()
         self.batches = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-        if "data" in note:
-            self.batches.set_state(note["data"])
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
         def evaluate(params: nnx.State, batch: Any) -> dict[str, jax.Array]:
@@ -228,6 +223,14 @@ class _Loop:
         jax.eval_shape(self._update, self.state, np.int32(0), data[0])
         jax.eval_shape(self._evaluate, params, self.held_out[0])
 
+    def restore(self) -> None:
+        """Go to the newest whole checkpoint, if there is one."""
+        found = self.checkpoints.restore(named_leaves(self.state))
+        if found is not None:
+            self.step, arrays, note = found
+            self.state = with_leaves(self.state, arrays)
+            self.batches.set_state(note["data"])
+
     @property
     def finished(self) -> bool:
         """Whether the last step is done."""
@@ -236,7 +239,7 @@ class _Loop:
     @property
     def saved(self) -> str:
         """What a run that cannot go on leaves."""
-        last = self.checkpoints.last
+        last = self.checkpoints.last or max(self.checkpoints.steps(), default=None)
         return "there is no checkpoint yet" if last is None else f"the last good checkpoint is that of step {last}"
 
     def run(self, stopping: Callable[[], bool]) -> None:

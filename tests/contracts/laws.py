@@ -38,13 +38,13 @@ def pieces_equal_the_whole(case: Case, rng: np.random.Generator) -> None:
     mixer, x = case.build(rng), tokens(rng)
     whole, _ = pull(mixer, x, None, x)
     sizes = [1, int(rng.integers(2, LENGTH // 2))]
-    for _ in range(2):
+    for n in sizes:  # of the first piece; the others follow at random
         state, outputs, start = mixer.init_state(BATCH, LENGTH), [], 0
         while start < LENGTH:
-            n = rng.choice([size for size in sizes if start + size <= LENGTH])
             y, state = extend(mixer, x[:, start : start + n], state)
             outputs.append(y)
             start += n
+            n = rng.choice([size for size in sizes if start + size <= LENGTH] or [1])
         assert_close(np.concatenate(outputs, axis=1), whole, TOLERANCE, f"pieces of {[y.shape[1] for y in outputs]}")
 
 

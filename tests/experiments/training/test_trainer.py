@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import math
 import os
@@ -5,13 +7,14 @@ import shutil
 import signal
 import threading
 from pathlib import Path
+from unittest.mock import Mock
 
 import grain
 import matplotlib.image
 import numpy as np
 import pytest
 from flax import nnx
-from toy_training import ToyRun, ToyTask, train_toy
+from toy_training import ToyRun, ToyTask, outcome, train_toy
 
 from manyheads.experiments.benchmarks.kill_resume import final_arrays
 from manyheads.experiments.training.metrics import read_metrics
@@ -21,20 +24,8 @@ from manyheads.experiments.training.trainer import TrainerConfig, TrainingError,
 STEPS = ToyRun.steps
 
 
-def outcome(out: Path) -> tuple[bytes, dict[str, bytes]]:
-    """What is the same in every repetition of a run, byte for byte: its metrics and its last checkpoint."""
-    return (out / "metrics.jsonl").read_bytes(), {name: array.tobytes() for name, array in final_arrays(out).items()}
-
-
 def tree(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert train_toy(out).finished
-    return out
 
 
 @pytest.fixture
@@ -156,7 +147,7 @@ def test_nothing_is_touched_if_all_checkpoints_are_damaged(tmp_path, undisturbed
     shutil.copytree(undisturbed, tmp_path / "run")
     for step in (20, STEPS):
         (tmp_path / f"run/checkpoints/{step}/note/metadata").unlink()
-    before = tree(tmp_path)
+    before = {**tree(tmp_path), f"{tmp_path}/run/.lock": b""}
     with pytest.raises(ValueError, match="none of the 2 checkpoints can be read") as caught:
         train_toy(tmp_path / "run")
     assert "\n" not in str(caught.value) and tree(tmp_path) == before
@@ -248,12 +239,56 @@ def test_wrong_setting_is_named_with_its_value(field):
         TrainerConfig(**{field: wrong})
 
 
+def test_two_processes_cannot_share_a_folder(tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    with (tmp_path / "run/.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        before = tree(tmp_path)
+        with pytest.raises(ValueError, match=rf"^out='{tmp_path}/run': another process is training here$"):
+            train_toy(tmp_path / "run")
+        assert tree(tmp_path) == before
+    assert train_toy(tmp_path / "run").finished
+
+
+def test_checkpoints_of_an_unknown_run_are_left_alone(tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    with pytest.raises(ValueError, match=r"holds checkpoints, but config\.json is missing"):
+        train_toy(tmp_path / "run")
+
+
 @pytest.mark.parametrize("where", ["file", "file/below"])
 def test_out_that_is_no_folder(tmp_path, where):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(OSError, match=rf"^out='{tmp_path}/{where}': .*; there is no checkpoint yet$"):
         train_toy(tmp_path / where)
     assert (tmp_path / "file").read_text() == "precious"
+
+
+def test_out_that_cannot_be_written_any_more(undisturbed, train_until_stopped, small_disk):
+    out, remount = small_disk(megabytes=8)
+    step = train_until_stopped(out, 7)
+    remount("ro")
+    before = tree(out)
+    with pytest.raises(OSError, match=rf"Read-only file system.*; the last good checkpoint is that of step {step}$"):
+        train_toy(out)
+    assert tree(out) == before
+    remount("rw")
+    assert train_toy(out).finished and outcome(out) == outcome(undisturbed)
+
+
+def test_disk_that_is_full_at_the_end(tmp_path, undisturbed, monkeypatch):
+    """The plot finds no room; all that was trained is there, and the same command makes the plot."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(OSError, match=f"No space.* checkpoint is that of step {STEPS}$"),
+    ):
+        patch.setattr("matplotlib.figure.Figure.savefig", Mock(side_effect=full))
+        train_toy(tmp_path)
+    assert outcome(tmp_path) == outcome(undisturbed) and not (tmp_path / "summary.json").exists()
+    assert train_toy(tmp_path).finished
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG" and (tmp_path / "summary.json").exists()
 
 
 def test_a_run_in_another_thread(tmp_path, undisturbed):
