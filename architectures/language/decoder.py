@@ -89,10 +89,13 @@ class DecoderConfig:
             "position": ("rope", "rope_interleaved", "alibi", "learned", "none"),
             "feed_forward": ("gated", "plain", "none"),
             "remat": tuple(REMAT_POLICIES),
+            "dtype": ("float32", "bfloat16"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}={getattr(self, field)!r} is not one of {', '.join(allowed)}")
+        if self.hidden is not None and self.hidden < 1:
+            raise ValueError(f"hidden={self.hidden} must be at least 1, or None")
         for spec in self.mixers:
             if not mixer_info(parse_mixer(spec)[0]).causal:
                 raise ValueError(f"mixers: {spec!r} is not causal, a decoder needs causal mixers")
@@ -230,6 +233,8 @@ class Decoder(nnx.Module):
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T D"]:
         """The normalised output of the last layer."""
+        if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
+            raise ValueError(f"max_length={self.config.max_length} is less than the {tokens.shape[1]} tokens of a sequence")
         positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
         x = self._embed(tokens, positions)
 

@@ -1,4 +1,4 @@
-"""``manyheads train``, with its real tasks at tiny size: in this process, and killed and stopped in processes of their own."""
+"""``manyheads train`` with its real tasks at tiny size, in this process and in others that are killed and stopped."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from toy_training import outcome
 from manyheads.experiments import cli
 from manyheads.experiments.training.metrics import read_metrics
 
-MODEL = ("--model.d-model", "16", "--model.num-layers", "2", "--model.num-heads", "2")
+MODEL = ("--model.d-model", "16", "--model.num-layers", "1", "--model.num-heads", "2")
 LOOP = ("--log-every", "1", "--save-every", "3", "--eval-every", "4")
 MQAR = (
     *("mqar", "--steps", "10", *LOOP, *MODEL, "--data.length", "16", "--data.pairs", "2", "--data.vocab-size", "32"),
@@ -29,7 +29,7 @@ def text(tmp_path) -> tuple[str, ...]:
     file = tmp_path / "text.txt"
     file.write_text("To be, or not to be, that is the question.\n" * 60)
     return (
-        *("text", "--steps", "10", *LOOP, *MODEL, "--model.mixers", "lightning", "softmax", "--sample-tokens", "8"),
+        *("text", "--steps", "10", *LOOP, *MODEL, "--model.mixers", "softmax", "--sample-tokens", "8"),
         *("--data.path", str(file), "--data.seq-len", "16", "--data.batch-size", "4", "--data.validation-tokens", "64"),
     )
 
@@ -62,7 +62,8 @@ def test_mqar_is_trained_and_found_finished(tmp_path, manyheads):
     out = tmp_path / "run"
     code, stdout, stderr = manyheads(*MQAR, "--out", str(out))
     last = read_metrics(out)[-1]
-    assert code == 0 and [line.split(":")[0] for line in stderr.splitlines()] == ["step 4", "step 8", "step 10"]
+    evaluated = [line.split(":")[0] for line in stderr.splitlines() if "eval_loss" in line]
+    assert code == 0 and evaluated == ["step 4", "step 8", "step 10"]
     assert stdout.startswith(f"eval_accuracy {last['eval_accuracy']:.4f}, eval_loss {last['eval_loss']:.4f}\n")
     assert "loss.png" in stdout and "summary.json" in stdout
     description = json.loads((out / "config.json").read_text())

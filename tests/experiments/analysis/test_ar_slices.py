@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+
 from manyheads.experiments.analysis.ar_slices import associative_recall_hits, bigram_counts, perplexity_by_slice
 
 

@@ -3,6 +3,7 @@ import json
 import grain
 import numpy as np
 import pytest
+
 from manyheads.experiments.data.batching import fixed_batches, shuffled_indices
 
 

@@ -2,6 +2,7 @@ import re
 import sys
 
 import pytest
+
 from manyheads.experiments.data.shakespeare import HELD_OUT_PLAYS, load_shakespeare, split_works
 
 

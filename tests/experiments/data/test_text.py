@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+
 from manyheads.experiments.data.text import TextData, pack
 from manyheads.experiments.data.tokenizers import BPETokenizer
 

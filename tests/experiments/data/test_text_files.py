@@ -1,4 +1,5 @@
 import pytest
+
 from manyheads.experiments.data.text_files import load_text_folder
 
 

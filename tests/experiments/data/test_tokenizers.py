@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from manyheads.experiments.data.tokenizers import BPETokenizer, ByteTokenizer
 
 TEXT = "the quick brown fox jumps over the lazy dog\n\nthe end of the fox\n" * 20

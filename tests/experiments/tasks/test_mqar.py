@@ -4,8 +4,9 @@ from functools import partial
 import jax
 import numpy as np
 import pytest
-from manyheads.experiments.tasks.mqar import IGNORE, MQARData, mqar_batch, mqar_batch_jax
 from scipy import stats
+
+from manyheads.experiments.tasks.mqar import IGNORE, MQARData, mqar_batch, mqar_batch_jax
 
 
 def draw_jax(seed: int, batch: int, **options) -> dict[str, np.ndarray]:
