@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 __all__ = ["Checkpoints", "checksums", "named_leaves", "with_leaves"]
 
-# Orbax logs every step of its work, and every failure with its stack; failures reach us as exceptions as well.
+# Orbax logs every step of its work, and every failure with its stack; failures arrive here as exceptions as well.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 logger = logging.getLogger("manyheads")
 

@@ -87,8 +87,7 @@ def plot_losses(out: Path) -> None:
     for name, label, style in (("loss", "training batch", {"lw": 0.8}), ("eval_loss", "held out", {"marker": "o"})):
         points = [(line["step"], line[name]) for line in lines if name in line]
         if points:
-            axes.plot(*zip(*points), label=label, **style)
-            axes.annotate(f"{points[-1][1]:.3f}", points[-1], xytext=(4, 0), textcoords="offset points", fontsize=8)
+            axes.plot(*zip(*points), label=f"{label}, {points[-1][1]:.3f} at the end", **style)
     axes.set(xlabel="step", ylabel="loss (nats)", title=out.name)
     axes.grid(alpha=0.3)
     axes.legend()
