@@ -4,13 +4,14 @@ A subcommand is a module with ``run(argv: list[str]) -> int``. It is imported on
 and the list of papers come at once.
 """
 
+import contextlib
 import importlib
 import importlib.metadata
 import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 __all__ = ["COMMANDS", "main"]
 
@@ -30,9 +31,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success; 2 a mistake of the user or a failure of the system (ValueError, OSError), told in one line on stderr,
     or as a traceback if MANYHEADS_DEBUG=1; 130 an interrupt; 141 an output that nobody reads any more.
     """
-    _messages_to_stderr()
     try:
-        code = _run(list(sys.argv[1:] if argv is None else argv))
+        with _messages_to_stderr():
+            code = _run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -49,14 +50,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _messages_to_stderr() -> None:
+@contextlib.contextmanager
+def _messages_to_stderr() -> Iterator[None]:
     """What the library has to say to a user goes to stderr as it is, whatever else configures logging."""
     log = logging.getLogger("manyheads")
-    if not log.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(message)s"))
-        log.addHandler(handler)
-        log.propagate = False
+    log.addHandler(logging.lastResort)  # writes the plain message to what is stderr at that time
+    log.propagate = False
+    try:
+        yield
+    finally:
+        log.removeHandler(logging.lastResort)
+        log.propagate = True
 
 
 def _run(argv: list[str]) -> int:

@@ -25,7 +25,8 @@ MODELS = {
     "base_conv": (16, ("base_conv(filter='short')", "base_conv(filter='long', max_length=64)")),
 }
 
-OPTIMIZER = OptimizerConfig(learning_rate=3e-3, schedule="constant", b2=0.999)
+# As in the paper's code: PyTorch's AdamW, whose weight decay acts on all parameters.
+OPTIMIZER = OptimizerConfig(learning_rate=3e-3, schedule="constant", b2=0.999, decay_vectors=True)
 
 
 def run(budget: float, seed: int, progress: Callable[[str], None]) -> Measurement:

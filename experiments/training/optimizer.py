@@ -18,7 +18,8 @@ class OptimizerConfig:
       warmup_steps: steps from 0 to it, linear.
       schedule: "cosine" down to ``final_fraction`` of it at the last step, or "constant".
       final_fraction: see ``schedule``.
-      weight_decay: on matrices alone, not on biases, norms and other vectors.
+      weight_decay: on matrices alone, not on biases, norms and other vectors; unless ``decay_vectors``.
+      decay_vectors: weight decay on these too, as PyTorch's AdamW does by default.
       b1, b2: decay of the means of gradients and of their squares.
       clip_norm: gradients with a larger norm are scaled down to it.
     """
@@ -28,6 +29,7 @@ class OptimizerConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     final_fraction: float = 0.1
     weight_decay: float = 0.1
+    decay_vectors: bool = False
     b1: float = 0.9
     b2: float = 0.99
     clip_norm: float = 1.0
@@ -80,6 +82,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=decays,
+            mask=None if config.decay_vectors else decays,
         ),
     )
