@@ -234,7 +234,9 @@ class Decoder(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """The normalised output of the last layer."""
         if self.config.position == "learned" and tokens.shape[1] > self.config.max_length:
-            raise ValueError(f"max_length={self.config.max_length} is less than the {tokens.shape[1]} tokens of a sequence")
+            raise ValueError(
+                f"max_length={self.config.max_length} is less than the {tokens.shape[1]} tokens of a sequence"
+            )
         positions = jnp.arange(tokens.shape[1])[None] if segment_ids is None else segment_positions(segment_ids)
         x = self._embed(tokens, positions)
 

@@ -62,6 +62,11 @@ def test_a_plain_function_gives_its_blocks(name, rng):
     np.testing.assert_allclose(mask.density(), expected.mean(), rtol=1e-6)
 
 
+def test_pairs_beyond_the_ends_do_not_count():
+    mask = create(lambda b, h, q, k: (q >= 5) | (k >= 7), None, None, 5, 7, (4, 4))
+    assert not np.any(mask.block_map)
+
+
 def test_closed_over_arrays_decide(rng):
     T, S, block_size = sizes(rng)
     documents = np.sort(rng.integers(0, 4, max(T, S)))
@@ -87,11 +92,11 @@ def test_closed_over_arrays_decide(rng):
     ids=repr,
 )
 def test_causal_and_window_masks_are_tight(mask_mod, rng):
-    T, S, block_size = sizes(rng)
-    mask = create(mask_mod, None, None, T, S, block_size)
-    dense = pairs(mask_mod, 0, (0, T - 1), (0, S - 1))[None, None]
-    for got, wanted in zip(parts(mask), (blocks(dense, block_size), dense)):
-        np.testing.assert_array_equal(got, wanted)
+    for T, S, block_size in (sizes(rng), (5, 23, (4, 4))):
+        mask = create(mask_mod, None, None, T, S, block_size)
+        dense = pairs(mask_mod, 0, (0, T - 1), (0, S - 1))[None, None]
+        for got, wanted in zip(parts(mask), (blocks(dense, block_size), dense)):
+            np.testing.assert_array_equal(got, wanted)
 
 
 def test_no_structured_mask_drops_a_pair(rng):

@@ -93,7 +93,7 @@ def test_segments(rng):
 
 
 def test_an_offset_a_row(rng):
-    offset = rng.integers(-4, 30, 2)
+    offset = rng.permutation([rng.integers(-4, 4), rng.integers(16, 30)])
     allowed = np.concatenate([dense(Causal(n) & SlidingWindow(7, n), 1, 4, 19, 37) for n in offset])
     check(functools.partial(call, mask=Causal(offset) & SlidingWindow(7, offset)), draw(rng), allowed=allowed)
 
@@ -139,7 +139,7 @@ def test_bfloat16(rng):
     T, mask = 41, Causal()
     draws = draw(rng, T=T, S=T, K=16, V=16, dtype=jnp.bfloat16, bias=(1, 4, T, T), params=(4,))
     run = functools.partial(call, mask=mask, score_mod=slopes)
-    check(run, draws, jax.jit, allowed=dense(mask, 2, 4, T, T), score_mod=slopes)
+    check(run, draws, allowed=dense(mask, 2, 4, T, T), score_mod=slopes)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "reference"])

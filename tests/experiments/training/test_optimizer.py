@@ -55,7 +55,7 @@ def test_gradients_are_clipped_by_their_common_norm(rng):
     transform = make_optimizer(OptimizerConfig(warmup_steps=0, clip_norm=1.0, weight_decay=0.0), 10)
 
     def moments(grads):
-        _, state = transform.update(grads, transform.init(params), params)
+        _, state = jax.jit(transform.update)(grads, transform.init(params), params)
         return optax.tree.get(state, "mu")
 
     scaled = jax.tree.map(lambda g: 1000 * g, small)
@@ -64,13 +64,15 @@ def test_gradients_are_clipped_by_their_common_norm(rng):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(2 * x, y, rtol=1e-5), moments(half), moments(small))
 
 
-def test_without_gradient_only_what_decays_moves():
-    config = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
+@pytest.mark.parametrize("decay_vectors", [False, True])
+def test_without_gradient_only_what_decays_moves(decay_vectors):
+    config = OptimizerConfig(0.1, warmup_steps=0, schedule="constant", weight_decay=0.5, decay_vectors=decay_vectors)
     params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3), "scale": jnp.ones(())}
     transform = make_optimizer(config, 10)
     updates, _ = transform.update(jax.tree.map(jnp.zeros_like, params), transform.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.05, rtol=1e-6)
-    assert not updates["bias"].any() and not updates["scale"].any()
+    for name in ("bias", "scale"):
+        np.testing.assert_allclose(updates[name], -0.05 * decay_vectors, rtol=1e-6)
 
 
 def test_decay_is_the_same_whether_layers_are_stacked_or_not():
